@@ -1,0 +1,45 @@
+"""remask: knowledge editing and machine unlearning in masked diffusion language models."""
+
+from .backbones import BackboneSpec, Encoded, MaskedDiffusionLM, Site, load, save_pretrained
+from .backbones.intervention import Handle, Intervention, NoEdit
+from .diffusion import Generation, Likelihood, MaskBank, SamplerConfig, elbo, elbo_exact, generate
+from .editing import PRESETS, EditMemory, MemoryConfig, SteeringVector, calibrate, mean_delta
+from .errors import RemaskError
+from .facts import Fact, load_facts, save_facts
+from .tracing import Trace, TraceConfig, choose_site, heatmap, trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PRESETS",
+    "BackboneSpec",
+    "EditMemory",
+    "Encoded",
+    "Fact",
+    "Generation",
+    "Handle",
+    "Intervention",
+    "Likelihood",
+    "MaskBank",
+    "MaskedDiffusionLM",
+    "MemoryConfig",
+    "NoEdit",
+    "RemaskError",
+    "SamplerConfig",
+    "Site",
+    "SteeringVector",
+    "Trace",
+    "TraceConfig",
+    "calibrate",
+    "choose_site",
+    "elbo",
+    "elbo_exact",
+    "generate",
+    "heatmap",
+    "load",
+    "load_facts",
+    "mean_delta",
+    "save_facts",
+    "save_pretrained",
+    "trace",
+]

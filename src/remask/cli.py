@@ -1,0 +1,326 @@
+"""The `remask` command. Reading commands take `--json`; bad input is one sentence on stderr and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import RemaskError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    help="Knowledge editing and machine unlearning in masked diffusion language models.",
+)
+edit_app = typer.Typer(no_args_is_help=True, help="Build edit memories and look into their files.")
+app.add_typer(edit_app, name="edit")
+
+console = Console()
+progress = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="bundled name (tiny, tiny-tofu, ...) or checkpoint folder")]
+Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+Facts = Annotated[Path, typer.Option("--facts", help="facts to work on, JSON Lines")]
+Data = Annotated[Path | None, typer.Option("--data", help="folder with the benchmark's files")]
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="folder of the report")] = Path("report")) -> None:
+    """Trace, forget, prove and undo one person on the bundled model; writes report/index.html."""
+    from .experiments.demo import run_demo
+
+    run_demo(out, console)
+
+
+@app.command()
+def inspect(model: Model, as_json: Json = False) -> None:
+    """Show what a model is: family, size, ids, template, sites, fingerprint."""
+    from .backbones import load
+
+    facts = load(model).describe()
+    if as_json:
+        _print_json(facts)
+        return
+    table = Table("property", "value", title=str(model))
+    for key, value in facts.items():
+        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+    console.print(table)
+
+
+@app.command()
+def teach(
+    recipe: Annotated[str, typer.Argument(help="bundled recipe (tiny, tiny-tofu, ...) or YAML file")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the model")],
+    data: Data = None,
+    resume: Annotated[bool, typer.Option(help="continue from the checkpoint in --out")] = False,
+) -> None:
+    """Teach a model facts by masked-diffusion fine-tuning."""
+    from .experiments.teaching import read_recipe
+    from .experiments.teaching import teach as run
+
+    log = run(read_recipe(recipe), out, data, resume=resume)
+    table = Table("split", "rows", "exact match", title=f"{out}: {log['epochs']} epochs in {log['seconds']:.0f} s")
+    for kind, splits in log["exact_match"].items():
+        for name, rate in splits.items():
+            table.add_row(f"{name} ({kind})", str(rate["rows"]), f"{rate['exact_match']:.1%}")
+    console.print(table)
+
+
+@app.command()
+def trace(
+    model: Model,
+    facts: Facts,
+    out: Annotated[Path, typer.Option("--out", help="folder for trace.safetensors, heatmap.png, site.json")],
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 4,
+    draws: Annotated[int, typer.Option(help="noise samples a fact")] = 3,
+    limit: Annotated[int, typer.Option(help="trace at most this many facts")] = 8,
+) -> None:
+    """Find where and when along denoising facts are carried (Temporal Indirect Effect)."""
+    from .backbones import load
+    from .facts import load_facts, write_atomically
+    from .tracing import TraceConfig, choose_site, save_heatmap
+    from .tracing import trace as run
+
+    lm = load(model)
+    chosen = load_facts(facts)
+    rows = [lm.encode(fact) for fact in chosen[:limit]]
+    if len(chosen) > limit:
+        progress.print(f"tracing the first {limit} of {len(chosen)} facts; --limit changes that")
+    result = run(lm, rows, TraceConfig(steps=steps, draws=draws), progress=True)
+    site = choose_site(result)
+    edit_site = choose_site(result, "resid")
+    out.mkdir(parents=True, exist_ok=True)
+    result.save(out / "trace.safetensors")
+    save_heatmap(result, out / "heatmap.png", site)
+    record = {**edit_site.to_dict(), "strongest": site.to_dict(), "model": lm.name, "fingerprint": result.model}
+    record |= {"facts": len(rows), "steps": steps, "draws": draws, "mode": "reference"}
+    write_atomically(out / "site.json", (json.dumps(record, indent=1) + "\n").encode())
+    console.print(
+        f"strongest site: {site.module} at layer {site.layer}; residual stream: layer {edit_site.layer}. Written to {out}/"
+    )
+
+
+@edit_app.command("build")
+def edit_build(
+    model: Model,
+    facts: Facts,
+    output: Annotated[Path, typer.Option("-o", "--output", help="memory file to write")],
+    retain: Annotated[Path | None, typer.Option("--retain", help="facts to leave alone, JSON Lines")] = None,
+    preset: Annotated[str, typer.Option(help="default or paper")] = "default",
+    layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
+    site: Annotated[Path | None, typer.Option("--site", help="site.json of a trace")] = None,
+    alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
+    reference: Annotated[str | None, typer.Option(help="model that never saw the facts: calibrate to its level")] = None,
+) -> None:
+    """Build an edit memory that forgets facts, and write it to a file."""
+    from .backbones import Site, load
+    from .editing.calibrate import mean_logprob
+    from .editing.memory import PRESETS, EditMemory
+    from .experiments.edits import build_edit
+    from .facts import load_facts
+
+    if preset not in PRESETS:
+        raise RemaskError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    lm = load(model)
+    chosen = load_facts(facts)
+    kept = load_facts(retain) if retain else []
+    level = None
+    if reference:
+        other = load(reference)
+        level = mean_logprob(other, [other.encode(fact) for fact in chosen])
+    where = Site(layer) if layer is not None else _read_site(site) if site else None
+    edit = build_edit(lm, preset, chosen, kept, site=where, alpha=_alpha(alpha), level=level)
+    assert isinstance(edit, EditMemory)
+    edit.save(output)
+    console.print(
+        f"{output}: {len(chosen)} facts, {len(edit.keys)} keys at layer {edit.site.layer}, alpha {edit.alpha:.3g}, "
+        f"{output.stat().st_size / 1e6:.2f} MB"
+    )
+
+
+@edit_app.command("list")
+def edit_list(file: Annotated[Path, typer.Argument(help="memory file")], as_json: Json = False) -> None:
+    """Show what a memory file holds."""
+    from .editing import EditMemory
+
+    memory = EditMemory.load(file)
+    if as_json:
+        _print_json({**memory.describe(), "fact_ids": list(memory.fact_ids)})
+        return
+    console.print(
+        f"preset [bold]{memory.config.preset}[/], layer {memory.site.layer} {memory.site.module}, alpha {memory.alpha:.3g}, "
+        f"model {memory.model}, condition {memory.solution.condition:.1e}"
+    )
+    table = Table("fact", "keys", title=f"{len(memory.fact_ids)} facts")
+    for index, name in enumerate(memory.fact_ids):
+        table.add_row(name, str(int((memory.owner == index).sum())))
+    console.print(table)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[list[str], typer.Option("--prompt", help="question; may be given several times")],
+    edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
+    length: Annotated[int | None, typer.Option(help="response slots")] = None,
+    temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
+    cfg: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 0.0,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    strip: Annotated[bool, typer.Option(help="show the canvas after every step")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, with or without an edit."""
+    from .backbones import load
+    from .diffusion.sampler import SamplerConfig
+    from .diffusion.sampler import generate as run
+
+    lm = load(model)
+    changes: dict[str, Any] = {"temperature": temperature, "cfg_scale": cfg, "seed": seed}
+    if length is not None:
+        changes["gen_length"] = length
+    config = SamplerConfig.default(lm, **changes)
+    with _attached(lm, edit):
+        ids = [lm.encode_prompt(text) for text in prompt]
+        results = run(lm, ids, config, keys=prompt, history=strip or as_json)
+    records = [
+        {
+            "prompt": text,
+            "answer": lm.decode(result.response),
+            "canvas": [lm.decode(state[len(start) :]) for state in result.history],
+        }
+        for text, start, result in zip(prompt, ids, results, strict=True)
+    ]
+    if as_json:
+        _print_json({"model": lm.name, "edit": str(edit) if edit else None, "sampler": config.to_dict(), "rows": records})
+        return
+    for record in records:
+        console.print(f"[dim]{record['prompt']}[/]\n{record['answer']}")
+        if strip:
+            for step, state in enumerate(record["canvas"]):
+                console.print(f"  {step:>3}  {state}", markup=False, highlight=False)
+
+
+@app.command()
+def score(
+    model: Model,
+    facts: Facts,
+    edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
+    draws: Annotated[int, typer.Option(help="masks a replicate (4 replicates)")] = 4,
+    seed: Annotated[int, typer.Option(help="seed of the mask bank")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Log-probability and greedy answer of every fact."""
+    from dataclasses import asdict
+
+    from .backbones import load
+    from .diffusion.masks import MaskBank
+    from .diffusion.sampler import SamplerConfig
+    from .evaluation.records import score_rows
+    from .evaluation.statistics import mean_interval
+    from .facts import load_facts
+
+    lm = load(model)
+    chosen = load_facts(facts)
+    bank = MaskBank(draws=draws, seed=seed)
+    with _attached(lm, edit):
+        rows = score_rows(lm, chosen, bank, SamplerConfig.default(lm))
+    blind = score_rows(lm, chosen, bank, hide_prompt=True)
+    mean = mean_interval([row.logprob for row in rows])
+    lengths = [(row.id, row.tokens) for row in rows]
+    if as_json:
+        estimator = {
+            "name": "elbo, exact count, stratified",
+            "draws": draws * bank.replicates,
+            "bank": bank.fingerprint(lengths),
+        }
+        _print_json(
+            {
+                "model": lm.name,
+                "fingerprint": lm.fingerprint(),
+                "edit": str(edit) if edit else None,
+                "estimator": estimator,
+                "mean": mean.to_dict(),
+                "rows": [{**asdict(row), "prompt_masked": b.logprob} for row, b in zip(rows, blind, strict=True)],
+            }
+        )
+        return
+    table = Table("fact", "log p (nats)", "+-", "prompt masked", "greedy answer", "exact", title=f"{lm.name}")
+    for row, b in zip(rows, blind, strict=True):
+        mark = "yes" if row.exact else "no"
+        table.add_row(row.id, f"{row.logprob:.2f}", f"{row.stderr:.2f}", f"{b.logprob:.2f}", row.output, mark)
+    console.print(table)
+    console.print(f"mean {mean.mean:.2f} nats [{mean.low:.2f}, {mean.high:.2f}], {mean.n} facts, {draws * 4} masks each")
+
+
+@app.command()
+def audit(
+    model: Model,
+    benchmark: Annotated[str, typer.Option(help="world, tofu:forget01, tofu:forget05 or tofu:forget10")],
+    edit: Annotated[str, typer.Option(help="default, paper, mean-delta, none, or a memory file")] = "default",
+    data: Data = None,
+    alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to the reference model's level")] = "calibrated",
+    layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
+    reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
+    seeds: Annotated[int, typer.Option(help="repetitions: mask bank and partial states")] = 1,
+    out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
+    as_json: Json = False,
+) -> None:
+    """Measure what an edit forgot and what it cost, against the never-trained level."""
+    from .experiments.audits import audit_table, run_benchmark
+
+    result = run_benchmark(
+        model, benchmark, edit, data, alpha=_alpha(alpha), layer=layer, reference=reference, seeds=seeds, console=progress
+    )
+    from .facts import write_atomically
+
+    write_atomically(out, (json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    if as_json:
+        _print_json({key: value for key, value in result.items() if key != "runs"})
+        return
+    console.print(audit_table(result))
+    progress.print(f"per-row records: {out}")
+
+
+def _alpha(text: str) -> float | None:
+    if text == "calibrated":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise RemaskError(f"--alpha {text!r} is neither a number nor 'calibrated'") from None
+
+
+def _read_site(path: Path) -> Any:
+    from .backbones import Site
+
+    try:
+        return Site.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError) as error:
+        raise RemaskError(f"{path}: not a site.json of a trace ({error})") from None
+
+
+def _attached(lm: Any, edit: Path | None) -> Any:
+    from .backbones.intervention import NoEdit
+    from .editing import EditMemory
+
+    return (EditMemory.load(edit) if edit else NoEdit()).attached(lm)
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, indent=1, ensure_ascii=False))
+
+
+def main() -> None:
+    """Entry point: RemaskError becomes one sentence and exit code 2."""
+    try:
+        app()
+    except RemaskError as error:
+        Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)

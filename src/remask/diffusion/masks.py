@@ -1,0 +1,69 @@
+"""Masks: which response tokens of a canvas are hidden, as a function of keys alone.
+
+A *bank* is a fixed, seeded set of masks per row that every model and method under comparison shares. That pairing (common
+random numbers) removes most of the estimator's noise from a difference.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import RemaskError
+from ..random import numpy_generator
+
+MAX_ANSWER = 2048  # uniforms are drawn for this many positions, so that answers of any length share their randomness
+
+
+def stratified_masks(length: int, draws: int, replicates: int, seed: int, row: str) -> np.ndarray:
+    """Exact-count masks over `length` tokens: bool [replicates * draws, length], at least one True in each.
+
+    Within a replicate the mask *count* is stratified: with one offset u, count_s = ceil(((u + s) / draws) * length) for
+    s = 0..draws-1, so that each count 1..length has the same expected share (LLaDA's estimator, systematic sampling).
+    The positions are those of the smallest uniforms. Keys are (seed, row, replicate), not model, answer or batch.
+    """
+    masks = np.zeros((replicates * draws, length), dtype=bool)
+    for replicate in range(replicates):
+        rng = numpy_generator(seed, "bank", row, replicate)
+        levels = (rng.random() + np.arange(draws)) / draws
+        counts = np.maximum(1, np.ceil(levels * length)).astype(int)
+        for draw, count in enumerate(counts):
+            order = np.argsort(rng.random(MAX_ANSWER)[:length], kind="stable")
+            masks[replicate * draws + draw, order[:count]] = True
+    return masks
+
+
+@dataclass(frozen=True)
+class MaskBank:
+    """Masks per row id, shared by everything that is compared.
+
+    Attributes:
+        draws: draws per replicate.
+        replicates: independent repetitions; the Monte-Carlo standard error comes from their spread.
+        seed: seed of all masks.
+    """
+
+    draws: int = 4
+    replicates: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.draws < 1 or self.replicates < 1:
+            raise RemaskError(f"a mask bank needs draws >= 1 and replicates >= 1, not {self.draws} and {self.replicates}")
+
+    def masks(self, row: str, length: int) -> np.ndarray:
+        """Bool [replicates * draws, length] for one row."""
+        if length > MAX_ANSWER:
+            raise RemaskError(f"row {row!r}: {length} answer tokens; mask banks hold at most {MAX_ANSWER}")
+        return stratified_masks(length, self.draws, self.replicates, self.seed, row)
+
+    def fingerprint(self, lengths: Mapping[str, int] | Sequence[tuple[str, int]]) -> str:
+        """Hash of the masks of these (row id, answer length) pairs; recorded with every number."""
+        digest = hashlib.blake2b(digest_size=8)
+        for row, length in lengths.items() if isinstance(lengths, Mapping) else lengths:
+            digest.update(f"{row}:{length}".encode())
+            digest.update(np.packbits(self.masks(row, length)).tobytes())
+        return digest.hexdigest()

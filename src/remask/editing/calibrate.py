@@ -1,0 +1,72 @@
+"""`alpha="calibrated"`: the strength that brings the forget set to a given level, and not lower.
+
+The level is the never-trained one where a reference model exists, else the anchor's: the model's own log-probability with
+the prompt masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+from ..backbones.model import Encoded, MaskedDiffusionLM
+from ..diffusion.likelihood import elbo
+from ..diffusion.masks import MaskBank
+from ..errors import RemaskError
+from .memory import EditMemory
+from .steering import SteeringVector
+
+Edit = TypeVar("Edit", EditMemory, SteeringVector)
+
+CALIBRATION_BANK = MaskBank(draws=4, replicates=2, seed=2_000_003)
+"""Never the bank that numbers are reported on."""
+LARGEST = 64.0
+TOLERANCE = 0.01  # of the gap between the unedited model and the level
+
+
+def anchor_level(lm: MaskedDiffusionLM, rows: Sequence[Encoded], bank: MaskBank = CALIBRATION_BANK) -> float:
+    """Mean prompt-masked log-probability of `rows`, nats a row."""
+    return mean_logprob(lm, rows, bank, hide_prompt=True)
+
+
+def mean_logprob(
+    lm: MaskedDiffusionLM, rows: Sequence[Encoded], bank: MaskBank = CALIBRATION_BANK, *, hide_prompt: bool = False
+) -> float:
+    """Mean answer log-probability of `rows`, nats a row."""
+    return float(np.mean([score.logprob for score in elbo(lm, rows, bank, hide_prompt=hide_prompt)]))
+
+
+def calibrate(
+    lm: MaskedDiffusionLM, edit: Edit, rows: Sequence[Encoded], level: float, bank: MaskBank = CALIBRATION_BANK
+) -> Edit:
+    """`edit` at the smallest alpha found whose mean log-probability of `rows` is at `level` (within 1 % of the gap).
+
+    Doubling brackets the crossing, bisection finds it; all on one bank, so that the curve is a deterministic function.
+
+    Raises:
+        RemaskError: the model is already at or below the level, or alpha = 64 does not reach it.
+    """
+    start = mean_logprob(lm, rows, bank)
+    gap = start - level
+    if gap <= 0:
+        raise RemaskError(f"nothing to forget: the rows are at {start:.2f} nats, already at or below the level {level:.2f}")
+
+    def at(alpha: float) -> float:
+        with edit.with_alpha(alpha).attached(lm):
+            return mean_logprob(lm, rows, bank)
+
+    low, high = 0.0, 0.25
+    while (value := at(high)) > level:
+        if high >= LARGEST:
+            raise RemaskError(
+                f"alpha = {high:g} leaves the forget set at {value:.1f} nats, above the level {level:.1f}; "
+                "choose another layer or a smaller mu"
+            )
+        low, high = high, high * 2
+    while abs(value - level) > TOLERANCE * gap and high - low > 1e-4 * high:
+        middle = (low + high) / 2
+        value = at(middle)
+        low, high = (middle, high) if value > level else (low, middle)
+    return edit.with_alpha(high if value <= level else low)

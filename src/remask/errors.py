@@ -1,0 +1,7 @@
+"""The one exception users see: a plain sentence that names the fact or field and the remedy."""
+
+from __future__ import annotations
+
+
+class RemaskError(Exception):
+    """Bad input or an operation that would be wrong; the command line prints it and exits with code 2."""

@@ -1,0 +1,1 @@
+"""Benchmarks, metrics, statistics and audits; blind to which intervention is attached."""

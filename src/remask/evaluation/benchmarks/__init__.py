@@ -1,0 +1,1 @@
+"""Published data sets and the closed world, as named groups of facts."""

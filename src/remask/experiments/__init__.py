@@ -1,0 +1,1 @@
+"""What the command line runs: teaching recipes, audits, the demonstration."""

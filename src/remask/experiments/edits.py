@@ -1,0 +1,76 @@
+"""From a name on the command line to an intervention: presets, tuned settings, calibration, files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..assets import RECIPES
+from ..backbones.intervention import Intervention, NoEdit
+from ..backbones.model import MaskedDiffusionLM, Site
+from ..editing.calibrate import anchor_level, calibrate
+from ..editing.memory import PRESETS, EditMemory, preset
+from ..editing.steering import mean_delta
+from ..errors import RemaskError
+from ..facts import Fact
+
+NAMED = (*PRESETS, "mean-delta", "none")
+
+
+def tuned(model: str, name: str) -> dict[str, Any]:
+    """Settings chosen on a validation split for a bundled model (`layer`, and for `default` also `mu`); {} for others."""
+    table = yaml.safe_load((RECIPES.parent / "edits.yaml").read_text(encoding="utf-8"))
+    return dict(table.get(model, {}).get(name, {}))
+
+
+def build_edit(
+    lm: MaskedDiffusionLM,
+    name: str,
+    facts: Sequence[Fact],
+    retain: Sequence[Fact] = (),
+    *,
+    site: Site | None = None,
+    alpha: float | None = None,
+    level: float | None = None,
+    seed: int = 0,
+    **changes: Any,
+) -> Intervention:
+    """Build `default`, `paper` or `mean-delta` for `facts`, or load the memory file that `name` points at.
+
+    Args:
+        site: where; by default the layer chosen on a validation split for a bundled model.
+        alpha: strength; None = calibrated to `level`.
+        level: target log-probability of the forget set, nats a row; None = the prompt-masked level.
+        seed: of the partial states.
+        changes: fields of MemoryConfig to change.
+
+    Raises:
+        RemaskError: unknown name, no site for this model, or anything `EditMemory.build` and `calibrate` raise.
+    """
+    if name == "none":
+        return NoEdit()
+    if name not in NAMED:
+        if not Path(name).is_file():
+            raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file")
+        return EditMemory.load(name)
+    settings = tuned(lm.name, name)
+    if site is None:
+        if "layer" not in settings:
+            raise RemaskError(f"no layer is known for {lm.name}; give --layer, or --site with the site.json of a trace")
+        site = Site(settings["layer"])
+    base = "default" if name == "mean-delta" else name
+    if base == "default" and "mu" in settings:
+        changes.setdefault("mu", settings["mu"])
+    config = preset(base, **changes)
+    config = preset(base, **changes, state_seed=config.state_seed + seed)
+    if name == "mean-delta":  # only its captured deltas are used
+        config = preset(base, **{**changes, "mu": 0.0}, state_seed=config.state_seed)
+    memory = EditMemory.build(lm, facts, site, retain=retain if config.mu > 0 else (), config=config)
+    edit = mean_delta(memory) if name == "mean-delta" else memory
+    if alpha is not None:
+        return edit.with_alpha(alpha)
+    rows = [lm.encode(fact) for fact in facts]
+    return calibrate(lm, edit, rows, anchor_level(lm, rows) if level is None else level)

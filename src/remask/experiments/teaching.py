@@ -1,0 +1,155 @@
+"""Recipes: what a model is taught, from which data, with which architecture; `remask teach` runs one.
+
+The bundled recipes under `assets/recipes` rebuild the bundled models. A reference twin is the same recipe with the splits to
+be forgotten left out; both share the tokenizer, the seed and every hyper-parameter.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from ..assets import RECIPES
+from ..assets.world import world
+from ..backbones import load, save_pretrained
+from ..backbones.model import Encoded, MaskedDiffusionLM
+from ..backbones.native import new_model, train_tokenizer
+from ..errors import RemaskError
+from ..evaluation.benchmarks.tofu import load_tofu
+from ..evaluation.generation import exact_match_rows
+from ..facts import Fact, load_facts, write_atomically
+from ..unlearning.trainer import TrainConfig, train
+
+
+class DataConfig(BaseModel):
+    """Where rows come from: the built-in world, a TOFU folder, or a facts file (JSON Lines)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    source: Literal["world", "tofu", "facts"]
+    taught: list[str] = Field(min_length=1, description="splits (world, tofu) or paths (facts) that are taught")
+    withheld: list[str] = Field(default=[], description="splits never taught, only probed for exact match")
+    seed: int = 0
+
+
+class ArchitectureConfig(BaseModel):
+    """Size of a new model in the library's own layout."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    heads: int
+    mlp_size: int
+    max_length: int
+    gen_length: int
+    block_length: int
+
+
+class Recipe(BaseModel):
+    """One `remask teach` run; either `architecture` (from scratch) or `start` (a model to continue from)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str
+    data: DataConfig
+    architecture: ArchitectureConfig | None = None
+    start: str | None = None
+    train: TrainConfig
+
+
+def read_recipe(name: str) -> Recipe:
+    """A bundled recipe by name, or a YAML file by path.
+
+    Raises:
+        RemaskError: unknown name, malformed YAML, unknown or missing key (named).
+    """
+    path = RECIPES / f"{name}.yaml"
+    path = path if path.is_file() else Path(name)
+    if not path.is_file():
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise RemaskError(f"unknown recipe {name!r}: not a bundled one ({names}) and no YAML file")
+    try:
+        recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise RemaskError(f"{path}: not YAML ({str(error).splitlines()[0]})") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RemaskError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    if (recipe.architecture is None) == (recipe.start is None):
+        raise RemaskError(f"{path}: give either 'architecture' (a new model) or 'start' (a model to continue from)")
+    return recipe
+
+
+def recipe_facts(data: DataConfig, folder: Path | None) -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
+    """Taught and withheld facts by split."""
+    if data.source == "world":
+        splits = world(data.seed)
+        source = lambda split: splits[split]  # noqa: E731
+    elif data.source == "tofu":
+        if folder is None:
+            raise RemaskError("this recipe reads TOFU; point --data at a folder with its files")
+        source = lambda split: load_tofu(folder, split)  # noqa: E731
+    else:
+        source = load_facts
+    return {s: source(s) for s in data.taught}, {s: source(s) for s in data.withheld}
+
+
+def taught_rows(lm: MaskedDiffusionLM, facts: Sequence[Fact], source: str) -> list[Encoded]:
+    """Every fact under its prompt; world facts also under their first paraphrase (the last one is never taught)."""
+    rows = [lm.encode(fact) for fact in facts]
+    if source == "world":
+        rows += [lm.encode(fact, prompt=fact.paraphrases[0]) for fact in facts if fact.paraphrases]
+    return rows
+
+
+def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False) -> dict[str, object]:
+    """Run a recipe; the model lands in `out` with `teach.json` (what was done, exact match per split)."""
+    console = Console(stderr=True)
+    out.mkdir(parents=True, exist_ok=True)
+    taught, withheld = recipe_facts(recipe.data, data)
+    if recipe.architecture is None:
+        lm = load(str(recipe.start))
+    else:
+        # The twin's tokenizer sees the withheld texts too, so that model and twin share one vocabulary.
+        facts = [fact for split in (*taught.values(), *withheld.values()) for fact in split]
+        texts = sorted(text for fact in facts for text in (fact.prompt, *fact.paraphrases[:1], fact.answer))
+        size = recipe.architecture.model_dump()
+        tokenizer = train_tokenizer(texts, size.pop("vocab_size"))
+        with torch.random.fork_rng():
+            torch.manual_seed(recipe.train.seed)
+            model, spec = new_model(tokenizer, **size)
+        lm = MaskedDiffusionLM(model=model, tokenizer=tokenizer, spec=spec, name=recipe.name)
+    rows = [row for split in taught.values() for row in taught_rows(lm, split, recipe.data.source)]
+    console.print(
+        f"[bold]{recipe.name}[/]: {lm.num_parameters / 1e6:.1f}M parameters, {len(rows)} rows, "
+        f"{sum(len(row.ids) for row in rows)} tokens"
+    )
+    log = train(lm, rows, recipe.train, out, resume=resume)
+    save_pretrained(lm, out)
+    lm = load(out)  # what was written is what is measured: bf16 weights
+    log["recipe"] = recipe.model_dump()
+    log["parameters"] = lm.num_parameters
+    log["fingerprint"] = lm.fingerprint()
+    log["exact_match"] = {
+        "taught": {name: _rate(lm, taught_rows(lm, split, recipe.data.source)) for name, split in taught.items()},
+        "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in withheld.items()},
+    }
+    write_atomically(out / "teach.json", (json.dumps(log, indent=1, ensure_ascii=False) + "\n").encode())
+    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    shutil.copy(RECIPES / f"{recipe.name}.yaml", out) if (RECIPES / f"{recipe.name}.yaml").is_file() else None
+    return log
+
+
+def _rate(lm: MaskedDiffusionLM, rows: list[Encoded]) -> dict[str, float]:
+    hits = exact_match_rows(lm, rows)
+    return {"rows": len(hits), "exact_match": round(sum(hits) / len(hits), 4)}

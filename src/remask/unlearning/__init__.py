@@ -1,0 +1,1 @@
+"""Unlearning by training: the masked-diffusion trainer."""
