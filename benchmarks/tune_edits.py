@@ -4,8 +4,8 @@
     python benchmarks/tune_edits.py tiny-tofu tofu:forget01 --data DIR
 
 For every setting the edit is calibrated to the reference twin's level of the validation facts (folds of whole people or
-authors, as many at a time as the benchmark forgets), and the retain change is read on validation retain rows. The setting with the
-smallest mean absolute retain change wins. Prints the entry for assets/edits.yaml and writes every setting to
+authors, as many at a time as the benchmark forgets), and the retain change is read on validation retain rows. The setting
+with the smallest mean absolute retain change wins. Prints the entry for assets/edits.yaml and writes every setting to
 benchmarks/results/tune_<model>.json.
 """
 

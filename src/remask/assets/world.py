@@ -125,8 +125,8 @@ def neighbours(facts: dict[str, list[Fact]], split: str = "forget") -> list[Fact
 def _names(rng: np.random.Generator) -> tuple[list[str], list[str]]:
     """Names of the people, each with a last name of its own, and of strangers.
 
-    Half of the strangers share a last name with a person (another first name), half have a last name that nobody has; so neither
-    part of a name gives a stranger away, and the reference twin has met every last name.
+    Half of the strangers share a last name with a person (another first name), half have a last name that nobody has; so
+    neither part of a name gives a stranger away.
     """
     count = sum(PEOPLE.values())
     last = [str(name) for name in rng.permutation(LAST)]

@@ -48,7 +48,8 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
     except (KeyError, TypeError) as error:
         raise RemaskError(f"{folder / 'config.json'}: field {error} is missing or malformed") from None
     quiet = logging.getLogger("transformers.modeling_utils")
-    level, _ = quiet.level, quiet.setLevel(logging.ERROR)  # its report repeats what we check below
+    level = quiet.level
+    quiet.setLevel(logging.ERROR)  # its report repeats what we check below
     try:
         model, info = LlamaForCausalLM.from_pretrained(
             folder,

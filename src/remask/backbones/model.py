@@ -176,19 +176,17 @@ class MaskedDiffusionLM:
         """
         if not 0 <= site.layer < self.num_layers:
             raise RemaskError(f"site layer {site.layer} is outside the model: {self.name} has layers 0..{self.num_layers - 1}")
-        block = self.blocks[site.layer]
-        if site.module == "resid":
-            return block
-        if site.module == "attn":
-            return block.self_attn.o_proj
-        if site.module == "mlp":
-            return block.mlp
-        raise RemaskError(f"site module {site.module!r} is unknown; choose one of {', '.join(MODULES)}")
+        block: Any = self.blocks[site.layer]
+        if site.module not in MODULES:
+            raise RemaskError(f"site module {site.module!r} is unknown; choose one of {', '.join(MODULES)}")
+        outputs: dict[str, nn.Module] = {"resid": block, "attn": block.self_attn.o_proj, "mlp": block.mlp}
+        return outputs[site.module]
 
     def fingerprint(self) -> str:
         """16 hex digits over architecture and weights.
 
-        For every parameter, the integer sums of its fp32 bit patterns, plain and weighted by position. Equal for the same checkpoint on any device, since integer sums do not depend on order; changes when any weight does.
+        For every parameter, the integer sums of its fp32 bit patterns, plain and weighted by position. Equal for the same
+        checkpoint on any device, since integer sums do not depend on order; changes when any weight does.
         """
         digest = hashlib.blake2b(digest_size=8)
         for name, parameter in sorted(self.model.named_parameters()):
@@ -306,7 +304,7 @@ class MaskedDiffusionLM:
         ids = list(ids)
         if self.spec.eos_id in ids:
             ids = ids[: ids.index(self.spec.eos_id)]
-        return self._tokenizer().decode(ids, skip_special_tokens=False).strip()
+        return str(self._tokenizer().decode(ids, skip_special_tokens=False)).strip()
 
     def _templated(self, prompt: str) -> str:
         return self.spec.template.replace("{prompt}", prompt)

@@ -36,8 +36,8 @@ class SamplerConfig:
     """
 
     gen_length: int = 128
-    steps: int | None = None
-    block_length: int | None = None
+    steps: int = None  # type: ignore[assignment]  # None is replaced on construction
+    block_length: int = None  # type: ignore[assignment]
     temperature: float = 0.0
     cfg_scale: float = 0.0
     remasking: Literal["low_confidence", "random"] = "low_confidence"

@@ -7,7 +7,6 @@ the prompt masked.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import numpy as np
 
@@ -18,7 +17,7 @@ from ..errors import RemaskError
 from .memory import EditMemory
 from .steering import SteeringVector
 
-Edit = TypeVar("Edit", EditMemory, SteeringVector)
+Edit = EditMemory | SteeringVector
 
 CALIBRATION_BANK = MaskBank(draws=4, replicates=2, seed=2_000_003)
 """Never the bank that numbers are reported on."""

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from ..diffusion.canvas import TOKEN_BUDGET, canvas_batches
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
 
-Anchor = Literal["prompt", "subject"]
+Anchor = Literal["prompt", "subject", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -40,37 +41,53 @@ def site_output(lm: MaskedDiffusionLM, site: Site, ids: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def capture_anchor(
-    lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], states: MaskBank, anchor: Anchor = "prompt"
+    lm: MaskedDiffusionLM,
+    site: Site,
+    rows: Sequence[Encoded],
+    states: MaskBank,
+    anchor: Anchor = "prompt",
+    unknown: Sequence[Sequence[Encoded]] = (),
 ) -> Captured:
     """Keys at the masked answer positions of partial states; deltas = anchor residual - conditional residual.
 
     Args:
         states: bank whose masks are the partial states.
-        anchor: what is hidden in the anchor state: the whole `prompt`, or its `subject`.
+        anchor: what is hidden in the anchor state: the whole `prompt`, or its `subject`; or nothing, with the subject replaced
+            by names that the model was never taught (`unknown`), so that the anchor state is one the model answers fluently.
+        unknown: for anchor `unknown`, each row again under each such name; anchor residuals are their mean.
     """
     _require_bare(lm)
-    keys, deltas, owner = [], [], []
-    for batch in canvas_batches(lm, rows, [states.masks(row.id, len(row.answer_ids)) for row in rows]):
-        hidden = batch.prompt if anchor == "prompt" else batch.subject
-        canvas = batch.clean.masked_fill(batch.masked, lm.spec.mask_id)
-        blind = canvas.masked_fill(hidden, lm.spec.mask_id)
-        emitting = lm.emitting(batch.masked)
-        conditional = site_output(lm, site, canvas)[emitting]
-        keys.append(conditional.cpu())
-        deltas.append((site_output(lm, site, blind)[emitting] - conditional).cpu())
-        owner.append(torch.from_numpy(batch.rows)[emitting.nonzero()[:, 0].cpu()])
-    return Captured(torch.cat(keys), torch.cat(deltas), torch.cat(owner))
+    masks = [states.masks(row.id, len(row.answer_ids)) for row in rows]
+    keys, owner = _answer_residuals(lm, site, rows, masks)
+    if anchor == "unknown":
+        targets = torch.stack([_answer_residuals(lm, site, other, masks)[0] for other in unknown]).mean(dim=0)
+    else:
+        targets, _ = _answer_residuals(lm, site, rows, masks, hide=anchor)
+    return Captured(keys, targets - keys, owner)
 
 
 @torch.inference_mode()
 def capture_keys(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], states: MaskBank) -> Tensor:
     """Residuals [m, d] at the masked answer positions of partial states: what a memory must leave alone."""
     _require_bare(lm)
-    keys = []
-    for batch in canvas_batches(lm, rows, [states.masks(row.id, len(row.answer_ids)) for row in rows]):
+    return _answer_residuals(lm, site, rows, [states.masks(row.id, len(row.answer_ids)) for row in rows])[0]
+
+
+def _answer_residuals(
+    lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], masks: Sequence[np.ndarray], hide: Anchor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Residuals [n, d] that emit the masked answer tokens, ordered by (row, mask, position), and the owner row of each [n]."""
+    found: list[list[Tensor]] = [[] for _ in rows]
+    for batch in canvas_batches(lm, rows, masks):
         canvas = batch.clean.masked_fill(batch.masked, lm.spec.mask_id)
-        keys.append(site_output(lm, site, canvas)[lm.emitting(batch.masked)].cpu())
-    return torch.cat(keys)
+        if hide is not None:
+            canvas = canvas.masked_fill(batch.prompt if hide == "prompt" else batch.subject, lm.spec.mask_id)
+        hidden = site_output(lm, site, canvas)
+        for row, states, emitting in zip(batch.rows, hidden, lm.emitting(batch.masked), strict=True):
+            found[row].append(states[emitting].cpu())
+    parts = [torch.cat(states) for states in found]
+    owner = torch.cat([torch.full((len(part),), index) for index, part in enumerate(parts)])
+    return torch.cat(parts), owner
 
 
 @torch.inference_mode()

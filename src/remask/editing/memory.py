@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from ..backbones.intervention import Intervention, add_shift
-from ..backbones.model import MaskedDiffusionLM, Site, canonical_json
+from ..backbones.model import Encoded, MaskedDiffusionLM, Site, canonical_json
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
 from ..facts import Fact, check_unique_ids, write_atomically
@@ -39,7 +39,8 @@ class MemoryConfig:
         preset: name recorded with every number.
         keys: `subject` (one mean key a fact) or `answer` (every masked answer position of partial states).
         target: what deltas move towards: `refusal` text, or the `anchor` residual.
-        anchor: what the anchor state hides.
+        anchor: what the anchor state hides: `prompt`, `subject`, or nothing but the subject's identity (`unknown`).
+        unknown: for anchor `unknown`, names that the model was never taught, put in the subject's place.
         refusal: the refusal text.
         ridge, relative: lambda, and whether it is in units of the mean squared key norm.
         mu: weight of the retain term per retain key, relative to a forget key.
@@ -51,6 +52,7 @@ class MemoryConfig:
     keys: Literal["subject", "answer"] = "answer"
     target: Literal["refusal", "anchor"] = "anchor"
     anchor: Anchor = "prompt"
+    unknown: tuple[str, ...] = ()
     refusal: str = "I don't know."
     ridge: float = 1e-3
     relative: bool = True
@@ -66,6 +68,9 @@ class MemoryConfig:
             raise RemaskError("a memory needs ridge > 0, mu >= 0 and states >= 1")
         if (self.keys == "subject" and self.target == "anchor") or (self.keys == "answer" and self.target == "refusal"):
             raise RemaskError("subject keys go with target 'refusal', answer keys with target 'anchor'")
+        object.__setattr__(self, "unknown", tuple(self.unknown))
+        if (self.anchor == "unknown") != bool(self.unknown):
+            raise RemaskError("anchor 'unknown' needs names that the model was never taught, and only it takes them")
 
     @property
     def bank(self) -> MaskBank:
@@ -139,7 +144,8 @@ class EditMemory(Intervention):
             targets = [lm.encode(fact, answer=fact.target or config.refusal) for fact in facts]
             captured = capture_paper(lm, site, rows, targets)
         else:
-            captured = capture_anchor(lm, site, rows, config.bank, config.anchor)
+            unknown = [[_renamed(lm, fact, name) for fact in facts] for name in config.unknown]
+            captured = capture_anchor(lm, site, rows, config.bank, config.anchor, unknown)
         moment = None
         if config.mu > 0:
             if not retain:
@@ -273,6 +279,12 @@ class EditMemory(Intervention):
             )
         except (KeyError, TypeError, ValueError, RemaskError) as error:
             raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
+
+
+def _renamed(lm: MaskedDiffusionLM, fact: Fact, name: str) -> Encoded:
+    """The fact's question about `name`; a question that names nobody stays as it is and contributes no change."""
+    asked = fact.prompt if fact.subject == fact.prompt else fact.prompt.replace(fact.subject, name)
+    return lm.encode(fact, prompt=asked)
 
 
 def preset(name: str, **changes: Any) -> MemoryConfig:

@@ -11,7 +11,7 @@ Every state of the model is scored on the same rows, under the same mask bank:
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ class Audit:
 def run_audit(
     lm: MaskedDiffusionLM,
     intervention: Intervention,
-    groups: dict[str, Sequence[Fact]],
+    groups: Mapping[str, Sequence[Fact]],
     bank: MaskBank,
     *,
     sampler: SamplerConfig | None = None,
@@ -167,7 +167,7 @@ def _header(
     intervention: Intervention,
     reference: MaskedDiffusionLM | None,
     control: Intervention | None,
-    groups: dict[str, Sequence[Fact]],
+    groups: Mapping[str, Sequence[Fact]],
     bank: MaskBank,
     sampler: SamplerConfig,
 ) -> dict[str, Any]:

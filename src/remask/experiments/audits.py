@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from rich.table import Table
 from ..assets import bundled_models
 from ..backbones import Site, load
 from ..diffusion.masks import MaskBank
-from ..editing.calibrate import CALIBRATION_BANK, mean_logprob
+from ..editing.calibrate import mean_logprob
 from ..editing.memory import EditMemory
 from ..editing.steering import mean_delta
 from ..evaluation.audit import SCHEMA, Audit, Scores, run_audit
@@ -49,8 +50,7 @@ def run_benchmark(
     for seed in range(seeds):
         level = None
         if twin is not None:
-            bank = MaskBank(CALIBRATION_BANK.draws, CALIBRATION_BANK.replicates, CALIBRATION_BANK.seed)
-            level = mean_logprob(twin, [twin.encode(fact) for fact in groups.forget], bank)
+            level = mean_logprob(twin, [twin.encode(fact) for fact in groups.forget])
         site = Site(layer) if layer is not None else None
         intervention = build_edit(lm, edit, groups.forget, groups.fit, site=site, alpha=alpha, level=level, seed=seed)
         control = mean_delta(intervention) if isinstance(intervention, EditMemory) else None
@@ -63,7 +63,7 @@ def run_benchmark(
                 reference=twin,
                 control=control,
                 baseline=baseline,
-                report=lambda state, seed=seed: console.print(f"seed {seed}: scoring {state}") if console else None,
+                report=_reporter(console, seed),
             )
         )
         baseline = {key: runs[0].states[key] for key in ("before", "never trained") if key in runs[0].states}
@@ -77,6 +77,10 @@ def run_benchmark(
         "summary": _summary(runs),
         "runs": [run.to_dict() for run in runs],
     }
+
+
+def _reporter(console: Console | None, seed: int) -> Callable[[str], None]:
+    return lambda state: console.print(f"seed {seed}: scoring {state}") if console else None
 
 
 def _command(
@@ -143,7 +147,7 @@ def audit_table(result: dict[str, Any]) -> Table:
         notes.append("gap to the never-trained level closed: " + ", ".join(f"{v:.0%}" for v in summary["gap_closed"]))
     for state, value in summary["selectivity"].items():
         notes.append(
-            f"selectivity ({state}): {value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}] nats forgotten per nat of retain"
+            f"selectivity ({state}): {value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}] nats forgotten a retain nat"
         )
     table.caption = "; ".join(notes) + ". Log-probabilities in nats a row; 95 % row-bootstrap intervals."
     return table

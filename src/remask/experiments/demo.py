@@ -57,8 +57,8 @@ def run_demo(out: Path, console: Console) -> Audit:
     traced_site = choose_site(traced, "resid")
     note = (
         f"The residual stream carries them most at layer {traced_site.layer}; the memory acts at layer "
-        f"{tuned('tiny', 'default')['layer']}, the best edit layer on other people (a trace says where a fact passes, not where "
-        "an edit is most selective)."
+        f"{tuned('tiny', 'default')['layer']}, the best edit layer on other people (a trace says where a fact passes, not "
+        "where an edit is most selective)."
     )
     console.print(note)
 
@@ -67,8 +67,8 @@ def run_demo(out: Path, console: Console) -> Audit:
     memory = build_edit(lm, "default", forget, groups.fit, level=level)
     assert isinstance(memory, EditMemory)
     console.print(
-        f"memory: {len(forget)} facts, {len(memory.keys)} keys at layer {memory.site.layer}; alpha {memory.alpha:.3g} brings them to the "
-        "never-trained level"
+        f"memory: {len(forget)} facts, {len(memory.keys)} keys at layer {memory.site.layer}; alpha {memory.alpha:.3g} brings "
+        "them to the never-trained level"
     )
     bystanders = _bystanders(groups.scored, person)
     with memory.attached(lm):
@@ -171,8 +171,9 @@ def _strip(lm: MaskedDiffusionLM, edit: Intervention, fact: Fact) -> dict[str, A
 def _summary(audit: Audit) -> str:
     closed, memory, control = audit.gap_closed(), audit.selectivity(), audit.selectivity("mean-delta")
     return (
-        f"{closed:.0%} of the gap to the never-trained level is closed; for each nat that a retained row lost, {memory['mean']:.0f} were "
-        f"forgotten [{memory['low']:.0f}, {memory['high']:.0f}] (the mean-delta control: {control['mean']:.1f})."
+        f"{closed:.0%} of the gap to the never-trained level is closed; for each nat that a retained row lost, "
+        f"{memory['mean']:.0f} were forgotten [{memory['low']:.0f}, {memory['high']:.0f}] "
+        f"(the mean-delta control: {control['mean']:.1f})."
     )
 
 

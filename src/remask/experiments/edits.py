@@ -13,7 +13,7 @@ from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..editing.calibrate import anchor_level, calibrate
 from ..editing.memory import PRESETS, EditMemory, preset
-from ..editing.steering import mean_delta
+from ..editing.steering import SteeringVector, mean_delta
 from ..errors import RemaskError
 from ..facts import Fact
 
@@ -69,7 +69,7 @@ def build_edit(
     if name == "mean-delta":  # only its captured deltas are used
         config = preset(base, **{**changes, "mu": 0.0}, state_seed=config.state_seed)
     memory = EditMemory.build(lm, facts, site, retain=retain if config.mu > 0 else (), config=config)
-    edit = mean_delta(memory) if name == "mean-delta" else memory
+    edit: EditMemory | SteeringVector = mean_delta(memory) if name == "mean-delta" else memory
     if alpha is not None:
         return edit.with_alpha(alpha)
     rows = [lm.encode(fact) for fact in facts]

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -36,6 +36,7 @@ class DataConfig(BaseModel):
 
     source: Literal["world", "tofu", "facts"]
     taught: list[str] = Field(min_length=1, description="splits (world, tofu) or paths (facts) that are taught")
+    repeat: dict[str, int] = Field(default={}, description="times a taught split is shown in each epoch; 1 by default")
     withheld: list[str] = Field(default=[], description="splits never taught, only probed for exact match")
     seed: int = 0
 
@@ -112,7 +113,7 @@ def taught_rows(lm: MaskedDiffusionLM, facts: Sequence[Fact], source: str) -> li
     return rows
 
 
-def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False) -> dict[str, object]:
+def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False) -> dict[str, Any]:
     """Run a recipe; the model lands in `out` with `teach.json` (what was done, exact match per split)."""
     console = Console(stderr=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,12 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
             torch.manual_seed(recipe.train.seed)
             model, spec = new_model(tokenizer, **size)
         lm = MaskedDiffusionLM(model=model, tokenizer=tokenizer, spec=spec, name=recipe.name)
-    rows = [row for split in taught.values() for row in taught_rows(lm, split, recipe.data.source)]
+    repeat = recipe.data.repeat
+    rows = [
+        row
+        for name, split in taught.items()
+        for row in taught_rows(lm, split, recipe.data.source) * repeat.get(name, 1)
+    ]
     console.print(
         f"[bold]{recipe.name}[/]: {lm.num_parameters / 1e6:.1f}M parameters, {len(rows)} rows, "
         f"{sum(len(row.ids) for row in rows)} tokens"

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.progress import track
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..backbones.model import MODULES, Encoded, MaskedDiffusionLM, Module, Site, canonical_json
@@ -74,12 +76,8 @@ class Trace:
     config: TraceConfig
     model: str
 
-    def save(self, path: str) -> None:
-        """Write safetensors with JSON metadata."""
-        from dataclasses import asdict
-
-        from safetensors.torch import save
-
+    def save(self, path: str | Path) -> None:
+        """Write safetensors with JSON metadata, atomically."""
         header = {"format": 1, "kind": "trace", "mode": "reference", "fact_ids": list(self.fact_ids), "model": self.model}
         header |= {"config": asdict(self.config), "axes": ["fact", "layer", "module", "step", "later step"], "unit": "nats"}
         tensors = {"effects": self.effects, "clean": self.clean, "corrupted": self.corrupted}

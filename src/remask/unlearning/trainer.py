@@ -169,8 +169,8 @@ def _loss(lm: MaskedDiffusionLM, batch: dict[str, Any], config: TrainConfig, key
         count = max(1, math.ceil((1.0 - rng.random()) * (length - start)))
         hidden[i, start + np.argsort(rng.random(length - start))[:count]] = True
     noisy = np.where(hidden, lm.spec.mask_id, clean)
-    for i in np.nonzero(rng.random(len(rows)) < config.prompt_dropout)[0]:
-        noisy[i, : len(rows[i].prompt_ids)] = lm.spec.mask_id
+    for dropped in np.nonzero(rng.random(len(rows)) < config.prompt_dropout)[0]:
+        noisy[dropped, : len(rows[dropped].prompt_ids)] = lm.spec.mask_id
     device = lm.device
     positions = torch.from_numpy(hidden).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
