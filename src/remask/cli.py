@@ -270,16 +270,19 @@ def audit(
     reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
     seeds: Annotated[int, typer.Option(help="repetitions: mask bank and partial states")] = 1,
     out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
+    text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit forgot and what it cost, against the never-trained level."""
     from .experiments.audits import audit_table, run_benchmark
+    from .facts import write_atomically
 
     result = run_benchmark(
         model, benchmark, edit, data, alpha=_alpha(alpha), layer=layer, reference=reference, seeds=seeds, console=progress
     )
-    from .facts import write_atomically
-
+    if not text:
+        for row in (row for run in result["runs"] for row in run["rows"]):
+            del row["output"]
     write_atomically(out, (json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if as_json:
         _print_json({key: value for key, value in result.items() if key != "runs"})

@@ -99,6 +99,11 @@ class Encoded:
         """The whole canvas, nothing masked."""
         return self.prompt_ids + self.answer_ids
 
+    @property
+    def answer(self) -> tuple[int, int]:
+        """Span of the answer on the canvas (half-open)."""
+        return len(self.prompt_ids), len(self.ids)
+
 
 @dataclass
 class Counters:

@@ -7,6 +7,8 @@ the prompt masked.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -14,10 +16,21 @@ from ..backbones.model import Encoded, MaskedDiffusionLM
 from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
-from .memory import EditMemory
-from .steering import SteeringVector
 
-Edit = EditMemory | SteeringVector
+Edit = TypeVar("Edit", bound="Scalable")
+
+
+class Scalable(Protocol):
+    """An intervention with a strength."""
+
+    def with_alpha(self: Edit, alpha: float) -> Edit:
+        """The same intervention at another strength."""
+        ...
+
+    def attached(self, lm: MaskedDiffusionLM) -> AbstractContextManager[MaskedDiffusionLM]:
+        """Attach inside a `with` block."""
+        ...
+
 
 CALIBRATION_BANK = MaskBank(draws=4, replicates=2, seed=2_000_003)
 """Never the bank that numbers are reported on."""

@@ -2,7 +2,8 @@
 
 Two readings. The paper's (equations 6-9): one key a fact, the mean residual of the subject, and one delta, target value minus
 original value at the object positions. The library's: a key at every masked answer position of partial states, where the
-prediction is made, and a delta towards the *anchor*: the same state with the prompt hidden, as the model itself represents it.
+prediction is made, and a delta towards the *anchor*: the same state with the subject (or the whole prompt) hidden, or under a
+name that the model never met, as the model itself represents it.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def capture_anchor(
     site: Site,
     rows: Sequence[Encoded],
     states: MaskBank,
-    anchor: Anchor = "prompt",
+    anchor: Anchor = "subject",
     unknown: Sequence[Sequence[Encoded]] = (),
 ) -> Captured:
     """Keys at the masked answer positions of partial states; deltas = anchor residual - conditional residual.

@@ -4,7 +4,7 @@
 
 S_q keeps the ceil(q N) largest coefficients of each token. Presets: `paper` is the literal reading of TimeROME-DLM's equations
 6-12 (one subject key a fact, refusal target, absolute ridge); `default` reads keys where predictions are made, moves them to
-the model's own prompt-masked anchor and solves with the retain set in the system, which is what makes it selective.
+what the model itself says when it cannot see who is asked about, and solves with the retain set in the system.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..backbones.model import Encoded, MaskedDiffusionLM, Site, canonical_json
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
 from ..facts import Fact, check_unique_ids, write_atomically
+from .calibrate import anchor_level, calibrate
 from .capture import Anchor, Captured, capture_anchor, capture_keys, capture_paper
 from .solve import Solution, second_moment, solve_readout
 
@@ -51,7 +52,7 @@ class MemoryConfig:
     preset: str = "default"
     keys: Literal["subject", "answer"] = "answer"
     target: Literal["refusal", "anchor"] = "anchor"
-    anchor: Anchor = "prompt"
+    anchor: Anchor = "subject"
     unknown: tuple[str, ...] = ()
     refusal: str = "I don't know."
     ridge: float = 1e-3
@@ -124,12 +125,15 @@ class EditMemory(Intervention):
         *,
         retain: Sequence[Fact] = (),
         config: MemoryConfig = PRESETS["default"],
-        alpha: float = 1.0,
+        alpha: float | Literal["calibrated"] = 1.0,
+        level: float | None = None,
     ) -> EditMemory:
         """Capture and solve a memory of `facts` at `site`; only the blocks up to the site run.
 
         Args:
             retain: facts to leave alone; needed when `config.mu` > 0.
+            alpha: strength, or "calibrated": the one that brings the facts to `level`.
+            level: mean log-probability of the facts, nats a row; None = the model's own with the prompt masked.
 
         Raises:
             RemaskError: no facts, duplicate ids, site outside the model, an intervention attached, singular Gram matrix.
@@ -151,7 +155,11 @@ class EditMemory(Intervention):
             if not retain:
                 raise RemaskError("the default memory is retain-aware and needs retain facts; pass --retain, or preset 'paper'")
             moment = second_moment(capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank)).float()
-        return cls._of(captured, config, site, tuple(fact.id for fact in facts), lm.fingerprint(), alpha, moment)
+        strength = 1.0 if alpha == "calibrated" else alpha
+        memory = cls._of(captured, config, site, tuple(fact.id for fact in facts), lm.fingerprint(), strength, moment)
+        if alpha != "calibrated":
+            return memory
+        return calibrate(lm, memory, rows, anchor_level(lm, rows) if level is None else level)
 
     @classmethod
     def _of(

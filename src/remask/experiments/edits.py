@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ NAMED = (*PRESETS, "mean-delta", "none")
 
 
 def tuned(model: str, name: str) -> dict[str, Any]:
-    """Settings chosen on a validation split for a bundled model (`layer`, and for `default` also `mu`); {} for others."""
+    """Settings chosen on a validation split for a bundled model: `layer` and fields of MemoryConfig; {} for other models."""
     table = yaml.safe_load((RECIPES.parent / "edits.yaml").read_text(encoding="utf-8"))
     return dict(table.get(model, {}).get(name, {}))
 
@@ -62,12 +63,11 @@ def build_edit(
             raise RemaskError(f"no layer is known for {lm.name}; give --layer, or --site with the site.json of a trace")
         site = Site(settings["layer"])
     base = "default" if name == "mean-delta" else name
-    if base == "default" and "mu" in settings:
-        changes.setdefault("mu", settings["mu"])
+    changes = {key: value for key, value in settings.items() if key != "layer"} | changes
+    if name == "mean-delta":
+        changes["mu"] = 0.0  # only the captured deltas are used
     config = preset(base, **changes)
-    config = preset(base, **changes, state_seed=config.state_seed + seed)
-    if name == "mean-delta":  # only its captured deltas are used
-        config = preset(base, **{**changes, "mu": 0.0}, state_seed=config.state_seed)
+    config = replace(config, state_seed=config.state_seed + seed)
     memory = EditMemory.build(lm, facts, site, retain=retain if config.mu > 0 else (), config=config)
     edit: EditMemory | SteeringVector = mean_delta(memory) if name == "mean-delta" else memory
     if alpha is not None:

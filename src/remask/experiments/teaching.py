@@ -131,11 +131,7 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
             model, spec = new_model(tokenizer, **size)
         lm = MaskedDiffusionLM(model=model, tokenizer=tokenizer, spec=spec, name=recipe.name)
     repeat = recipe.data.repeat
-    rows = [
-        row
-        for name, split in taught.items()
-        for row in taught_rows(lm, split, recipe.data.source) * repeat.get(name, 1)
-    ]
+    rows = [row for name, split in taught.items() for row in taught_rows(lm, split, recipe.data.source) * repeat.get(name, 1)]
     console.print(
         f"[bold]{recipe.name}[/]: {lm.num_parameters / 1e6:.1f}M parameters, {len(rows)} rows, "
         f"{sum(len(row.ids) for row in rows)} tokens"

@@ -123,7 +123,7 @@ def _train(
 def _optimizers(lm: MaskedDiffusionLM, config: TrainConfig) -> list[torch.optim.Optimizer]:
     """Muon on the blocks' matrices, AdamW on the rest; one learning rate (Muon's update has AdamW's scale).
 
-    From scratch, AdamW alone sits on the unigram plateau ten times longer (docs/decisions.md).
+    From scratch, AdamW alone stays far longer on the unigram plateau (docs/decisions.md).
     """
     matrices = [p for p in lm.blocks.parameters() if p.ndim == 2]
     chosen = {id(p) for p in matrices}

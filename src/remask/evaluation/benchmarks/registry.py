@@ -88,20 +88,21 @@ def _world() -> Benchmark:
     near = {fact.group for fact in neighbours(facts)}
     others = [fact for fact in facts["retain"] if fact.group not in near]
     fit, validation_retain, held = split_groups(others, (12, 3, 5), "world retain")
+    met, strangers = split_groups(facts["unknown"], (24, 48), "world unknown")
     wordings = [
         replace(fact, prompt=fact.paraphrases[-1], id=f"{fact.id}/paraphrase") for fact in facts["forget"] if fact.paraphrases
     ]
     return Benchmark(
         name="world",
         forget=facts["forget"],
-        fit=fit + facts["general"][::2] + facts["text"][::2] + facts["unknown"][::4],
+        fit=fit + facts["general"][::2] + facts["text"][::2] + met[::2],
         scored={
             "paraphrase": wordings,
             "neighbours": neighbours(facts),
             "retain": held,
             "general": facts["general"][1::2],
             "text": facts["text"][1::2],
-            "unknown": facts["unknown"][1::4],
+            "unknown": strangers[::3],
         },
         validation=facts["validation"],
         validation_retain=validation_retain,

@@ -1,0 +1,85 @@
+"""Write the README's result table and docs/models.md's from the committed result files.
+
+python benchmarks/tables.py
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+MODELS = ROOT / "src" / "remask" / "assets" / "models"
+EDITS = ("default", "mean-delta", "paper")
+
+
+def audit_table() -> str:
+    """One line an edit and group, means over seeds."""
+    lines = [
+        "| edit | group (rows) | before | after | change [95 %] | never trained | prompt masked | exact | ROUGE-L | junk |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for edit in EDITS:
+        result = json.loads((RESULTS / f"tofu_forget01_{edit}.json").read_text())
+        summary = result["summary"]
+        for line in summary["groups"]:
+            lines.append(_line(edit, line))
+        selectivity, closed = summary["selectivity"]["after"], summary["gap_closed"]
+        alphas = ", ".join(f"{alpha:.2f}" for alpha in summary["alpha"])
+        notes.append(
+            f"- **{edit}**: gap to the never-trained level closed {', '.join(f'{v:.0%}' for v in closed)}; selectivity "
+            f"{selectivity['mean']:.1f} [{selectivity['low']:.1f}, {selectivity['high']:.1f}] nats forgotten for each nat that a "
+            f"retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); alpha {alphas}."
+        )
+    return "\n".join([*lines, "", *notes])
+
+
+def _line(edit: str, line: dict[str, Any]) -> str:
+    change = line["after"]["change"]
+    cells = [edit, f"{line['group']} ({line['n']})"]
+    cells += [f"{line[state]['logprob']['mean']:.1f}" for state in ("before", "after")]
+    cells.append(f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]")
+    cells += [f"{line[state]['logprob']['mean']:.1f}" for state in ("never trained", "prompt masked")]
+    for metric in ("exact", "rouge", "junk"):
+        cells.append(f"{line['before'][metric]['mean']:.2f} → {line['after'][metric]['mean']:.2f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def model_table() -> str:
+    """What each bundled model was taught and recalls."""
+    lines = [
+        "| model | parameters | rows | epochs | steps | training time | split | rows | exact match |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for folder in sorted(MODELS.iterdir()):
+        log = json.loads((folder / "teach.json").read_text())
+        head = [folder.name, f"{log['parameters'] / 1e6:.1f}M", str(log["rows"]), str(log["epochs"]), str(log["steps"])]
+        head.append(f"{log['seconds'] / 60:.0f} min")
+        for kind, splits in log["exact_match"].items():
+            for name, rate in splits.items():
+                lines.append(
+                    "| " + " | ".join([*head, f"{name} ({kind})", str(rate["rows"]), f"{rate['exact_match']:.1%}"]) + " |"
+                )
+                head = [""] * len(head)
+        taught = log["exact_match"]["taught"].values()
+        total = sum(rate["rows"] for rate in taught)
+        hits = sum(rate["rows"] * rate["exact_match"] for rate in taught)
+        lines.append("| " + " | ".join([*[""] * len(head), "**all taught**", str(total), f"**{hits / total:.1%}**"]) + " |")
+    return "\n".join(lines)
+
+
+def put(path: Path, name: str, text: str) -> None:
+    """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    page = path.read_text(encoding="utf-8")
+    assert pattern.search(page), f"{path}: no marker {name}"
+    path.write_text(pattern.sub(lambda match: f"{match[1]}{text}\n{match[2]}", page), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    put(ROOT / "README.md", "audit", audit_table())
+    put(ROOT / "docs" / "models.md", "models", model_table())
