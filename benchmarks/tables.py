@@ -32,8 +32,8 @@ def audit_table() -> str:
         alphas = ", ".join(f"{alpha:.2f}" for alpha in summary["alpha"])
         notes.append(
             f"- **{edit}**: gap to the never-trained level closed {', '.join(f'{v:.0%}' for v in closed)}; selectivity "
-            f"{selectivity['mean']:.1f} [{selectivity['low']:.1f}, {selectivity['high']:.1f}] nats forgotten for each nat that a "
-            f"retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); alpha {alphas}."
+            f"{selectivity['mean']:.1f} [{selectivity['low']:.1f}, {selectivity['high']:.1f}] nats forgotten for each "
+            f"nat that a retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); alpha {alphas}."
         )
     return "\n".join([*lines, "", *notes])
 

@@ -99,8 +99,18 @@ def trace(
     out.mkdir(parents=True, exist_ok=True)
     result.save(out / "trace.safetensors")
     save_heatmap(result, out / "heatmap.png", site)
-    record = {**edit_site.to_dict(), "strongest": site.to_dict(), "model": lm.name, "fingerprint": result.model}
-    record |= {"facts": len(rows), "steps": steps, "draws": draws, "mode": "reference"}
+    record = {
+        **edit_site.to_dict(),
+        "strongest": site.to_dict(),
+        "trace": {
+            "model": lm.name,
+            "fingerprint": result.model,
+            "facts": len(rows),
+            "steps": steps,
+            "draws": draws,
+            "mode": "reference",
+        },
+    }
     write_atomically(out / "site.json", (json.dumps(record, indent=1) + "\n").encode())
     console.print(
         f"strongest site: {site.module} at layer {site.layer}; residual stream: layer {edit_site.layer}. Written to {out}/"

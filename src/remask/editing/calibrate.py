@@ -55,7 +55,7 @@ def calibrate(
 ) -> Edit:
     """`edit` at the smallest alpha found whose mean log-probability of `rows` is at `level` (within 1 % of the gap).
 
-    Doubling brackets the crossing, bisection finds it; all on one bank, so that the curve is a deterministic function.
+    Doubling brackets the crossing, interpolation finds it; all on one bank, so that the curve is a deterministic function.
 
     Raises:
         RemaskError: the model is already at or below the level, or alpha = 64 does not reach it.
@@ -69,16 +69,24 @@ def calibrate(
         with edit.with_alpha(alpha).attached(lm):
             return mean_logprob(lm, rows, bank)
 
-    low, high = 0.0, 0.25
-    while (value := at(high)) > level:
+    low, high, above, below = 0.0, 1.0, start, at(1.0)
+    while below > level:
         if high >= LARGEST:
             raise RemaskError(
-                f"alpha = {high:g} leaves the forget set at {value:.1f} nats, above the level {level:.1f}; "
+                f"alpha = {high:g} leaves the forget set at {below:.1f} nats, above the level {level:.1f}; "
                 "choose another layer or a smaller mu"
             )
-        low, high = high, high * 2
-    while abs(value - level) > TOLERANCE * gap and high - low > 1e-4 * high:
-        middle = (low + high) / 2
+        low, above = high, below
+        high *= 2
+        below = at(high)
+    while level - below > TOLERANCE * gap and high - low > 1e-4 * high:
+        share = (above - level) / (above - below)  # where a straight line crosses, kept off the ends
+        middle = low + (high - low) * min(max(share, 0.1), 0.9)
         value = at(middle)
-        low, high = (middle, high) if value > level else (low, middle)
-    return edit.with_alpha(high if value <= level else low)
+        if 0 < value - level <= TOLERANCE * gap:
+            return edit.with_alpha(middle)
+        if value > level:
+            low, above = middle, value
+        else:
+            high, below = middle, value
+    return edit.with_alpha(high)

@@ -66,6 +66,7 @@ class Recipe(BaseModel):
     architecture: ArchitectureConfig | None = None
     start: str | None = None
     train: TrainConfig
+    polish: TrainConfig | None = Field(default=None, description="a second, shorter run from the first one's weights")
 
 
 def read_recipe(name: str) -> Recipe:
@@ -137,6 +138,10 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
         f"{sum(len(row.ids) for row in rows)} tokens"
     )
     log = train(lm, rows, recipe.train, out, resume=resume)
+    if recipe.polish is not None:
+        polished = train(lm, rows, recipe.polish, out / "polish", resume=resume)
+        log |= {key: log[key] + polished[key] for key in ("epochs", "steps", "seconds", "losses")}
+        log["final_loss"] = polished["final_loss"]
     save_pretrained(lm, out)
     lm = load(out)  # what was written is what is measured: bf16 weights
     log["recipe"] = recipe.model_dump()
@@ -147,7 +152,8 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
         "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in withheld.items()},
     }
     write_atomically(out / "teach.json", (json.dumps(log, indent=1, ensure_ascii=False) + "\n").encode())
-    (out / "checkpoint.safetensors").unlink(missing_ok=True)
+    for folder in (out, out / "polish"):
+        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
     shutil.copy(RECIPES / f"{recipe.name}.yaml", out) if (RECIPES / f"{recipe.name}.yaml").is_file() else None
     return log
 

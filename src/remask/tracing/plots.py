@@ -32,7 +32,8 @@ def heatmap(trace: Trace, site: Site | None = None, gamma: float = 0.9) -> Figur
         axis.set_yticks(range(effect.shape[0]))
         if site is not None and site.module == module:
             axis.axhline(site.layer, color="black", linewidth=1.2, linestyle="--")
-            axis.annotate("chosen", (effect.shape[2] - 0.55, site.layer + 0.08), ha="right", va="bottom", fontsize=9)
+            box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.85}
+            axis.text(-0.42, site.layer + 0.12, "chosen", ha="left", va="bottom", fontsize=9, bbox=box)
     axes[0].set_ylabel("layer")
     figure.colorbar(image, ax=list(axes), label="indirect effect (nats)")
     figure.suptitle(

@@ -1,0 +1,576 @@
+"""The command line, end to end on the bundled model: what it prints and writes, and how it refuses bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import remask.experiments.audits as audits
+from conftest import FACTS, build_toy
+from remask.assets.world import world
+from remask.backbones import MaskedDiffusionLM, Site, save_pretrained
+from remask.cli import main
+from remask.diffusion.likelihood import elbo
+from remask.diffusion.masks import MaskBank
+from remask.editing import EditMemory, MemoryConfig
+from remask.evaluation.benchmarks.registry import load_benchmark
+from remask.evaluation.generation import answers
+from remask.facts import load_facts, save_facts
+from test_tofu import DATA, real
+
+WORLD = world()
+PERSON = WORLD["forget"][0].group
+CHOSEN = [fact for fact in WORLD["forget"] if fact.group == PERSON and fact.id.endswith("/short")][:4]
+KEPT = WORLD["retain"][:40:2]
+
+
+@dataclass(frozen=True)
+class Result:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def data(self) -> Any:
+        """Standard output as strict JSON."""
+        return json.loads(self.out, parse_constant=lambda name: pytest.fail(f"{name} in JSON output"))
+
+    @property
+    def lines(self) -> list[str]:
+        """Lines on standard error, without those that transformers writes while it loads weights."""
+        noise = ("[transformers]", "Loading weights")
+        return [line for line in self.err.replace("\r", "\n").splitlines() if line.strip() and not line.startswith(noise)]
+
+
+Remask = Callable[..., Result]
+
+
+@pytest.fixture
+def remask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Remask:
+    """Run the command in this process."""
+
+    def call(*words: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["remask", *map(str, words)])
+        capsys.readouterr()
+        code: object = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = stop.code
+        captured = capsys.readouterr()
+        return Result(int(code or 0), captured.out, captured.err)  # type: ignore[call-overload]
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """facts.jsonl, retain.jsonl (read-only)."""
+    folder = tmp_path_factory.mktemp("facts")
+    save_facts(CHOSEN, folder / "facts.jsonl")
+    save_facts(KEPT, folder / "retain.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def memory(tiny: MaskedDiffusionLM, files: Path) -> Path:
+    """A strong memory of CHOSEN, built by the library."""
+    built = EditMemory.build(tiny, CHOSEN, Site(2), retain=KEPT, config=MemoryConfig(mu=1.0), alpha=6.0)
+    built.save(files / "memory.safetensors")
+    return files / "memory.safetensors"
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# ------------------------------------------------------------------ reading commands
+def test_inspect_describes_the_model(remask: Remask, tiny: MaskedDiffusionLM) -> None:
+    data = remask("inspect", "tiny", "--json").data
+    assert data["name"] == "tiny"
+    assert data["fingerprint"] == tiny.fingerprint()
+    assert data["parameters"] == sum(p.numel() for p in tiny.model.parameters())
+    assert data["layers"] == len(tiny.model.model.layers)
+    assert data["sites"] == [f"{module}@{layer}" for layer in range(data["layers"]) for module in ("resid", "attn", "mlp")]
+    assert data["vocabulary"] == tiny.model.model.embed_tokens.weight.shape[0] == len(tiny.tokenizer)
+    assert (data["mask_id"], data["context"], data["gen_length"]) == (tiny.spec.mask_id, 128, 24)
+    assert "{prompt}" in data["template"]
+    table = remask("inspect", "tiny")
+    assert table.code == 0
+    assert data["fingerprint"] in table.out
+
+
+def test_score_is_the_library_call(remask: Remask, tiny: MaskedDiffusionLM, files: Path) -> None:
+    result = remask("score", "tiny", "--facts", files / "facts.jsonl", "--draws", 2, "--seed", 5, "--json")
+    assert result.code == 0
+    bank, rows = MaskBank(draws=2, seed=5), [tiny.encode(fact) for fact in CHOSEN]
+    data = result.data
+    assert [row["id"] for row in data["rows"]] == [fact.id for fact in CHOSEN]
+    assert [row["logprob"] for row in data["rows"]] == pytest.approx([s.logprob for s in elbo(tiny, rows, bank)])
+    assert [row["stderr"] for row in data["rows"]] == pytest.approx([s.stderr for s in elbo(tiny, rows, bank)])
+    blind = elbo(tiny, rows, bank, hide_prompt=True)
+    assert [row["prompt_masked"] for row in data["rows"]] == pytest.approx([s.logprob for s in blind])
+    assert [row["output"] for row in data["rows"]] == answers(tiny, rows)
+    assert data["mean"]["mean"] == pytest.approx(sum(row["logprob"] for row in data["rows"]) / len(CHOSEN))
+    assert data["estimator"]["draws"] == 8
+    assert data["estimator"]["bank"] == bank.fingerprint([(row.id, len(row.answer_ids)) for row in rows])
+    assert (data["model"], data["fingerprint"], data["edit"]) == ("tiny", tiny.fingerprint(), None)
+
+
+def test_score_with_an_edit_is_lower_but_blind_scores_stay(remask: Remask, files: Path, memory: Path) -> None:
+    plain = remask("score", "tiny", "--facts", files / "facts.jsonl", "--json").data
+    edited = remask("score", "tiny", "--facts", files / "facts.jsonl", "--edit", memory, "--json").data
+    assert edited["edit"] == str(memory)
+    assert edited["estimator"] == plain["estimator"]
+    assert edited["mean"]["mean"] < plain["mean"]["mean"] - 1.0
+    # The prompt-masked level belongs to the unedited model: it is where the edit should lead.
+    assert [row["prompt_masked"] for row in edited["rows"]] == [row["prompt_masked"] for row in plain["rows"]]
+    table = remask("score", "tiny", "--facts", files / "facts.jsonl")
+    assert (table.code, table.out.count("yes") + table.out.count("no ")) >= (0, len(CHOSEN))
+
+
+def test_generate_answers_and_shows_the_canvas(remask: Remask, tiny: MaskedDiffusionLM) -> None:
+    prompts = [CHOSEN[0].prompt, KEPT[0].prompt]
+    result = remask("generate", "tiny", "--prompt", prompts[0], "--prompt", prompts[1], "--json")
+    assert result.code == 0
+    data = result.data
+    assert [row["prompt"] for row in data["rows"]] == prompts
+    assert [row["answer"] for row in data["rows"]] == answers(tiny, [tiny.encode(CHOSEN[0]), tiny.encode(KEPT[0])])
+    assert (data["edit"], data["sampler"]["temperature"], data["sampler"]["gen_length"]) == (None, 0.0, 24)
+    for row in data["rows"]:
+        assert row["canvas"][0].count("<mask>") == 24
+        assert "<mask>" not in row["canvas"][-1]
+        assert row["canvas"][-1] == row["answer"]
+    strip = remask("generate", "tiny", "--prompt", prompts[0], "--strip")
+    assert prompts[0] in strip.out
+    assert data["rows"][0]["answer"] in strip.out
+    assert "<mask>" in strip.out
+
+
+def test_generate_with_an_edit_forgets_and_the_next_call_does_not(remask: Remask, memory: Path) -> None:
+    words = ["generate", "tiny", "--prompt", CHOSEN[0].prompt, "--json"]
+    before = remask(*words).data["rows"][0]["answer"]
+    result = remask(*words, "--edit", memory)
+    assert before == CHOSEN[0].answer
+    assert result.data["rows"][0]["answer"] != before
+    assert result.data["edit"] == str(memory)
+    assert remask(*words).data["rows"][0]["answer"] == before
+
+
+def test_generate_noise_follows_the_seed(remask: Remask) -> None:
+    words = ["generate", "tiny", "--prompt", "Write a sentence about the moon.", "--temperature", "1.5", "--json"]
+    first, again, other = (remask(*words, "--seed", seed).data["rows"] for seed in (1, 1, 2))
+    assert first == again != other
+
+
+# ------------------------------------------------------------------ writing commands
+def test_trace_writes_its_three_files(remask: Remask, tiny: MaskedDiffusionLM, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "trace"
+    words = ["trace", "tiny", "--facts", files / "facts.jsonl", "--out", out, "--steps", 2, "--draws", 1, "--limit", 2]
+    result = remask(*words)
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in out.iterdir()) == ["heatmap.png", "site.json", "trace.safetensors"]
+    assert (out / "heatmap.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with safe_open(out / "trace.safetensors", framework="pt") as stream:
+        header = json.loads(stream.metadata()["remask"])
+    assert header["fact_ids"] == [fact.id for fact in CHOSEN[:2]]
+    assert (header["model"], header["config"]["steps"]) == (tiny.fingerprint(), 2)
+    tensors = load_file(out / "trace.safetensors")
+    steps = tensors["clean"].shape[1]
+    assert tensors["effects"].shape == (2, 6, 3, steps, steps)
+    # Restoring the last block's output at the subject changes nothing that is read at the answer.
+    assert torch.nan_to_num(tensors["effects"][:, 5, 0]).abs().max() < 1e-4
+    site = json.loads((out / "site.json").read_text("utf-8"))
+    assert site["module"] == "resid"
+    assert 0 <= Site.from_dict(site).layer < 6
+    assert "limit" in result.err  # two of four facts were traced: said so
+
+    build = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--alpha", 1]
+    assert remask(*build, "--preset", "paper", "--site", out / "site.json").code == 0
+    assert EditMemory.load(tmp_path / "m.safetensors").site == Site.from_dict(site)
+
+
+def test_edit_build_and_list_round_trip(remask: Remask, tiny: MaskedDiffusionLM, files: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "memory.safetensors"
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "--retain", files / "retain.jsonl", "-o", out]
+    result = remask(*words, "--alpha", "2.5", "--layer", 3)
+    assert result.code == 0, result.err
+    listed = remask("edit", "list", out, "--json").data
+    assert listed["fact_ids"] == [fact.id for fact in CHOSEN]
+    assert (listed["facts"], listed["alpha"], listed["preset"]) == (len(CHOSEN), 2.5, "default")
+    assert (listed["site"]["layer"], listed["model"]) == (3, tiny.fingerprint())
+    assert listed["keys"] == len(EditMemory.load(out).keys)
+    table = remask("edit", "list", out).out
+    assert all(fact.id in table for fact in CHOSEN)
+
+
+def test_edit_build_calibrates_by_default(remask: Remask, tiny: MaskedDiffusionLM, files: Path, tmp_path: Path) -> None:
+    """Without --alpha the facts end at the level that the model has with the prompt masked, and not far below it."""
+    out = tmp_path / "m.safetensors"
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "--retain", files / "retain.jsonl", "-o", out]
+    assert remask(*words).code == 0
+    rows, bank = [tiny.encode(fact) for fact in CHOSEN], MaskBank(draws=4, replicates=8, seed=11)
+    before, level = (sum(s.logprob for s in elbo(tiny, rows, bank, hide_prompt=hide)) / len(rows) for hide in (False, True))
+    with EditMemory.load(out).attached(tiny):
+        after = sum(s.logprob for s in elbo(tiny, rows, bank)) / len(rows)
+    assert after == pytest.approx(level, abs=0.2 * (before - level))
+
+
+@pytest.fixture
+def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The world benchmark with a few rows of each group."""
+    full = load_benchmark("world", None)
+    small = replace(
+        full,
+        forget=full.forget[:8:2],  # short answers: one canvas length saves time
+        fit=full.fit[:24],
+        scored={"paraphrase": full.scored["paraphrase"][:2], "retain": full.scored["retain"][:12:2]},
+    )
+    genuine = audits.load_benchmark
+    monkeypatch.setattr(audits, "load_benchmark", lambda name, data: small if name == "world" else genuine(name, data))
+
+
+@pytest.mark.usefixtures("small_world")
+def test_audit_writes_every_row(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
+    """Also against the bundled twin."""
+    out = tmp_path / "deep" / "results.json"
+    result = remask("audit", "tiny", "--benchmark", "world", "--seeds", 2, "--out", out, "--json")
+    assert result.code == 0, result.err
+    data = json.loads(out.read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
+    assert (data["benchmark"], data["edit"], data["seeds"], len(data["runs"])) == ("world", "default", 2, 2)
+    assert data["command"].startswith("remask audit tiny --benchmark world")
+    states = ["before", "after", "never trained", "prompt masked", "mean-delta"]
+    for run in data["runs"]:
+        assert run["model"]["fingerprint"] == tiny.fingerprint()
+        assert run["reference"]["name"] == "tiny-reference"
+        assert len(run["rows"]) == len(states) * (4 + 2 + 6)
+        assert {row["state"] for row in run["rows"]} == set(states)
+    banks = [run["estimator"]["bank"] for run in data["runs"]]
+    assert banks[0] != banks[1]
+    summary = result.data["summary"]
+    assert "runs" not in result.data
+    assert summary == data["summary"]
+    assert [line["group"] for line in summary["groups"]] == ["forget", "paraphrase", "retain"]
+    forget = summary["groups"][0]
+    for state in ("before", "after"):
+        means = [table["table"][0][state]["logprob"]["mean"] for table in data["runs"]]
+        assert forget[state]["logprob"]["mean"] == pytest.approx(sum(means) / 2)
+        assert forget[state]["logprob"]["low"] <= min(means) <= max(means) <= forget[state]["logprob"]["high"]
+    assert all(0.7 <= closed <= 1.3 for closed in summary["gap_closed"])
+    assert summary["groups"][2]["before"]["exact"]["mean"] > 0.8
+
+
+@pytest.mark.usefixtures("small_world")
+def test_audit_without_an_edit_changes_nothing(remask: Remask, tmp_path: Path) -> None:
+    result = remask("audit", "tiny", "--benchmark", "world", "--edit", "none", "--out", tmp_path / "r.json")
+    assert result.code == 0, result.err
+    summary = json.loads((tmp_path / "r.json").read_text("utf-8"))["summary"]
+    for line in summary["groups"]:
+        assert line["after"]["change"]["mean"] == line["after"]["change"]["low"] == line["after"]["change"]["high"] == 0.0
+        # The table names its groups and shows its numbers in full, in a pipe too.
+        assert line["group"] in result.out
+        assert f"{line['before']['logprob']['mean']:.2f}" in result.out
+
+
+# ------------------------------------------------------------------ bad input
+def fact(**changes: object) -> dict[str, Any]:
+    return {**CHOSEN[0].to_dict(), "id": "ada/bad", **changes}
+
+
+LONG = " ".join(["word"] * 200)
+BAD_FILES: dict[str, tuple[list[Any], list[str]]] = {
+    "subject not in prompt": ([fact(subject="Nobody Known")], ["line 1", "'ada/bad'", "'Nobody Known'"]),
+    "empty answer": ([fact(answer="")], ["line 1", "'ada/bad'", "'answer'"]),
+    "blank answer": ([fact(answer="  ")], ["line 1", "'ada/bad'", "'answer'"]),
+    "empty subject": ([fact(subject="")], ["line 1", "'ada/bad'", "'subject'"]),
+    "empty prompt": ([fact(prompt="")], ["line 1", "'ada/bad'", "'prompt'"]),
+    "answer longer than the context": ([fact(answer=LONG)], ["'ada/bad'", "128", "shorten"]),
+    "prompt longer than the context": ([fact(prompt=f"{LONG} {CHOSEN[0].subject}?")], ["'ada/bad'", "128", "shorten"]),
+    "mask token in the answer": ([fact(answer="a <mask> crow")], ["'ada/bad'", "mask token", "remove"]),
+    "mask token in the prompt": ([fact(prompt=f"Who <mask> is {CHOSEN[0].subject}?")], ["'ada/bad'", "mask token", "remove"]),
+    "duplicate ids": ([fact(), fact(answer="x")], ["duplicate", "'ada/bad'", "unique"]),
+    "missing field": ([{"id": "ada/bad", "prompt": "Who?"}], ["line 1", "'answer'"]),
+    "unknown field": ([fact(colour="red")], ["line 1", "'colour'"]),
+    "not JSON": ([fact(id="fine"), "{oops"], ["line 2", "not JSON"]),
+    "not an object": (["[1, 2]"], ["line 1", "JSON object"]),
+    "no facts": ([], ["no facts"]),
+}
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    assert result.code == 2, (result.out, result.err)
+    assert result.out == ""
+    assert len(result.lines) == 1, result.err
+    assert "Traceback" not in result.err
+    for word in words:
+        assert word in result.lines[0]
+
+
+@pytest.fixture
+def bad(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[str]]:
+    rows, words = BAD_FILES[request.param]
+    path = tmp_path / "people.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    in_model = "context" in request.param or "mask token" in request.param
+    return path, words if in_model else [str(path), *words]
+
+
+@pytest.mark.parametrize("bad", BAD_FILES, indirect=True)
+def test_bad_facts_are_refused_by_every_command(
+    remask: Remask, bad: tuple[Path, list[str]], files: Path, tmp_path: Path
+) -> None:
+    path, words = bad
+    before = snapshot(tmp_path)
+    build = ["edit", "build", "tiny", "-o", tmp_path / "out" / "m.safetensors", "--alpha", 1]
+    assert_refused(remask(*build, "--retain", files / "retain.jsonl", "--facts", path), *words)
+    assert_refused(remask(*build, "--retain", path, "--facts", files / "facts.jsonl"), *words)
+    assert_refused(remask("trace", "tiny", "--facts", path, "--out", tmp_path / "out"), *words)
+    assert_refused(remask("score", "tiny", "--facts", path, "--json"), *words)
+    assert snapshot(tmp_path) == before
+
+
+def test_failed_build_keeps_the_file_that_was_there(remask: Remask, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "m.safetensors").write_bytes(b"precious")
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--layer", 99]
+    assert_refused(remask(*words, "--preset", "paper"), "99", "0..5")
+    assert snapshot(tmp_path) == {"m.safetensors": b"precious"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect",
+        "generate --prompt x",
+        "score --facts {facts}",
+        "trace --facts {facts} --out {out}",
+        "edit build --facts {facts} -o {out}",
+        "audit --benchmark world --out {out}",
+    ],
+)
+@pytest.mark.parametrize("model", ["tinny", "no/such/folder"])
+def test_unknown_model_is_refused(remask: Remask, files: Path, tmp_path: Path, words: str, model: str) -> None:
+    command = [w.format(facts=files / "facts.jsonl", out=tmp_path / "out") for w in words.split()]
+    at = 2 if command[0] == "edit" else 1
+    assert_refused(remask(*command[:at], model, *command[at:]), f"'{model}'", "tiny")
+    assert snapshot(tmp_path) == {}
+
+
+def test_missing_files_are_refused(remask: Remask, files: Path, tmp_path: Path) -> None:
+    gone = tmp_path / "gone.jsonl"
+    out = tmp_path / "out"
+    assert_refused(remask("score", "tiny", "--facts", gone), str(gone))
+    assert_refused(remask("score", "tiny", "--facts", files), str(files))
+    assert_refused(remask("generate", "tiny", "--prompt", "x", "--edit", gone), str(gone))
+    assert_refused(remask("edit", "list", gone), str(gone))
+    build = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", out]
+    assert_refused(remask(*build, "--retain", gone), str(gone))
+    assert_refused(remask(*build, "--site", gone), str(gone))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "site", [{"layer": 6, "module": "resid"}, {"layer": -1, "module": "resid"}, {"layer": 2, "module": "head"}]
+)
+def test_site_outside_the_model_is_refused(remask: Remask, files: Path, tmp_path: Path, site: dict[str, Any]) -> None:
+    (tmp_path / "site.json").write_text(json.dumps(site))
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
+    named = repr(site["module"]) if site["module"] == "head" else f"layer {site['layer']}"
+    assert_refused(remask(*words, "--site", tmp_path / "site.json", "--alpha", 1), named)
+    assert [path.name for path in tmp_path.iterdir()] == ["site.json"]
+
+
+@pytest.mark.parametrize("layer", [6, 99, -1])
+def test_layer_outside_the_model_is_refused(remask: Remask, files: Path, tmp_path: Path, layer: int) -> None:
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
+    assert_refused(remask(*words, "--layer", layer), f"layer {layer}", "0..5")
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{oops",
+        "[]",
+        "3",
+        "null",
+        '{"module": "resid"}',
+        '{"layer": 1}',
+        '{"layer": null, "module": "resid"}',
+        '{"layer": 1, "module": "resid", "steps": 3}',
+    ],
+)
+def test_file_that_is_no_site_is_refused(remask: Remask, files: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "site.json").write_text(text)
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
+    assert_refused(remask(*words, "--site", tmp_path / "site.json", "--alpha", 1), str(tmp_path / "site.json"))
+    assert [path.name for path in tmp_path.iterdir()] == ["site.json"]
+
+
+def test_edit_of_another_model_is_refused_with_both_fingerprints(
+    remask: Remask, tiny: MaskedDiffusionLM, files: Path, memory: Path, tmp_path: Path
+) -> None:
+    toy = build_toy()
+    EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
+    with safe_open(memory, framework="pt") as stream:
+        header = json.loads(stream.metadata()["remask"]) | {"model": "0123456789abcdef"}
+    save_file(load_file(memory), tmp_path / "doctored.safetensors", {"remask": json.dumps(header)})
+    for name, other in (("toy", toy.fingerprint()), ("doctored", "0123456789abcdef")):
+        edit = tmp_path / f"{name}.safetensors"
+        words = [tiny.fingerprint(), other]
+        assert_refused(remask("generate", "tiny", "--prompt", "x", "--edit", edit, "--json"), *words)
+        assert_refused(remask("score", "tiny", "--facts", files / "facts.jsonl", "--edit", edit), *words)
+        assert remask("edit", "list", edit, "--json").data["model"] == other  # looking at it is fine
+
+
+@pytest.mark.usefixtures("small_world")
+def test_audit_of_another_models_memory_is_refused(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
+    toy = build_toy()
+    EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
+    out = tmp_path / "results.json"
+    result = remask("audit", "tiny", "--benchmark", "world", "--edit", tmp_path / "toy.safetensors", "--out", out)
+    assert (result.code, out.exists()) == (2, False)
+    assert tiny.fingerprint() in result.lines[-1]
+    assert toy.fingerprint() in result.lines[-1]
+
+
+@pytest.mark.parametrize("data", [b"", b"not a memory", b"\x80\x04K\x01.", b"\xff" * 64])
+def test_file_that_is_no_memory_is_refused(remask: Remask, tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "m.safetensors").write_bytes(data)
+    for words in (
+        ["edit", "list", tmp_path / "m.safetensors"],
+        ["generate", "tiny", "--prompt", "x", "--edit", tmp_path / "m.safetensors"],
+    ):
+        assert_refused(remask(*words), str(tmp_path / "m.safetensors"))
+
+
+@pytest.mark.parametrize("benchmark", ["rwku", "tofu", "tofu:forget02"])
+def test_unknown_benchmark_is_refused(remask: Remask, tmp_path: Path, benchmark: str) -> None:
+    result = remask("audit", "tiny", "--benchmark", benchmark, "--data", tmp_path, "--out", tmp_path / "r.json")
+    assert_refused(result, f"'{benchmark}'", "tofu:forget01")
+    assert snapshot(tmp_path) == {}
+
+
+def test_tofu_without_data_is_refused(remask: Remask, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "r.json"
+    assert_refused(remask("audit", "tiny", "--benchmark", "tofu:forget01", "--out", out), "tofu:forget01", "--data")
+    assert_refused(
+        remask("audit", "tiny", "--benchmark", "tofu:forget01", "--data", tmp_path, "--out", out),
+        str(tmp_path / "forget01.json"),
+    )
+    assert snapshot(tmp_path) == {}
+
+
+@real
+def test_tofu_row_longer_than_the_model_is_refused_by_name(remask: Remask, tmp_path: Path) -> None:
+    """`tiny` has a context of 128 tokens; some TOFU answers need more in its tokenizer."""
+    out = tmp_path / "r.json"
+    result = remask("audit", "tiny", "--benchmark", "tofu:forget01", "--data", DATA, "--edit", "none", "--out", out)
+    assert (result.code, out.exists()) == (2, False)
+    assert "tofu/" in result.lines[-1]
+    assert "128" in result.lines[-1]
+
+
+@pytest.mark.parametrize("alpha", ["strong", "", "1,5", "nan", "inf", "-inf"])
+def test_junk_alpha_is_refused(remask: Remask, files: Path, tmp_path: Path, alpha: str) -> None:
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
+    assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
+    words = ["audit", "tiny", "--benchmark", "world", "--out", tmp_path / "r.json"]
+    assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["--edit", "defualt"], "'defualt'"),
+        (["--reference", "tinny"], "'tinny'"),
+        (["--layer", "17"], "layer 17"),
+        (["--seeds", "0"], "seeds"),
+    ],
+)
+@pytest.mark.usefixtures("small_world")
+def test_bad_audit_options_are_refused(remask: Remask, tmp_path: Path, words: list[str], named: str) -> None:
+    result = remask("audit", "tiny", "--benchmark", "world", "--out", tmp_path / "r.json", *words)
+    assert result.code == 2
+    assert named in " ".join(result.lines)
+    assert "Traceback" not in result.err
+    assert snapshot(tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["generate", "--prompt", "Who <mask> is that?"], "mask token"),
+        (["generate", "--prompt", "x", "--length", "0"], "gen_length 0"),
+        (["generate", "--prompt", "x", "--length", "500"], "128"),
+        (["generate", "--prompt", LONG], "128"),
+        (["generate", "--prompt", "x", "--temperature", "-1"], "temperature"),
+        (["score", "--facts", "{facts}", "--draws", "0"], "draws"),
+        (["trace", "--facts", "{facts}", "--out", "{out}", "--steps", "0"], "steps"),
+        (["trace", "--facts", "{facts}", "--out", "{out}", "--limit", "0"], "facts"),
+        (["edit", "build", "--facts", "{facts}", "-o", "{out}", "--preset", "papre"], "'papre'"),
+        (["edit", "build", "--facts", "{facts}", "-o", "{out}"], "--retain"),  # the default memory is retain-aware
+    ],
+)
+def test_bad_options_are_refused(remask: Remask, files: Path, tmp_path: Path, words: list[str], named: str) -> None:
+    words = [word.format(facts=files / "facts.jsonl", out=tmp_path / "out") for word in words]
+    at = 2 if words[0] == "edit" else 1
+    result = remask(*words[:at], "tiny", *words[at:])
+    assert_refused(replace(result, err="\n".join(line for line in result.lines if "--limit changes" not in line)), named)
+    assert snapshot(tmp_path) == {}
+
+
+def test_model_without_a_tuned_layer_asks_for_one(remask: Remask, files: Path, tmp_path: Path) -> None:
+    save_pretrained(build_toy(), tmp_path / "toy")
+    words = ["edit", "build", tmp_path / "toy", "--facts", files / "facts.jsonl", "--preset", "paper", "-o", tmp_path / "m"]
+    assert_refused(remask(*words), "--layer")
+    assert not (tmp_path / "m").exists()
+    assert remask(*words, "--layer", 1, "--alpha", 1).code == 0
+    assert remask("edit", "list", tmp_path / "m", "--json").data["site"]["layer"] == 1
+
+
+def test_output_that_cannot_be_written_is_one_sentence(remask: Remask, files: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "--preset", "paper", "--alpha", 1]
+    assert_refused(remask(*words, "-o", tmp_path / "file" / "m.safetensors"), str(tmp_path / "file"))
+    assert snapshot(tmp_path) == {"file": b"x"}
+
+
+@pytest.mark.parametrize(
+    "words", [["inspect"], ["frobnicate"], ["score", "tiny"], ["edit", "build", "tiny"], ["inspect", "tiny", "--jsn"]]
+)
+def test_wrong_usage_has_exit_code_2(remask: Remask, words: list[str]) -> None:
+    result = remask(*words)
+    assert result.code == 2
+    assert "Traceback" not in result.err
+
+
+def test_a_real_process_prints_json_and_nothing_else() -> None:
+    """What a shell pipeline sees: JSON on standard output, silence on standard error."""
+    command = [sys.executable, "-c", "from remask.cli import main; main()", "inspect", "tiny", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["name"] == "tiny"
+    assert done.stderr == ""
+
+
+def test_example_files_belong_to_the_world() -> None:
+    """The README's commands read them."""
+    folder = Path(__file__).parents[1] / "examples"
+    known = {f.id: f for split in WORLD.values() for f in split}
+    facts, retain = load_facts(folder / "facts.jsonl"), load_facts(folder / "retain.jsonl")
+    assert all(known[f.id] == f for f in [*facts, *retain])
+    assert not {f.group for f in facts} & {f.group for f in retain}
+    near: set[str] = {other for f in facts for other in f.neighbours}
+    assert not near & {f.id for f in retain}
