@@ -76,7 +76,10 @@ class Tuner:
 
 def best(entries: list[dict[str, Any]]) -> dict[str, Any]:
     """The entry with the smallest retain loss among those that reached the level."""
-    return min((entry for entry in entries if entry["retain_loss"] is not None), key=lambda entry: entry["retain_loss"])
+    reached = [entry for entry in entries if entry["retain_loss"] is not None]
+    if not reached:
+        raise RemaskError(f"no setting of {entries[0]['edit']} reached its level on every fold")
+    return min(reached, key=lambda entry: entry["retain_loss"])
 
 
 def main() -> None:

@@ -209,6 +209,19 @@ def test_repeat_shows_a_split_more_often(plan: dict[str, Any], tmp_path: Path) -
     assert record["exact_match"]["taught"][plan["data"]["taught"][0]]["rows"] == 5
 
 
+def test_polish_is_a_second_run_and_leaves_nothing_behind(plan: dict[str, Any], tmp_path: Path) -> None:
+    teach(Recipe(**plan), tmp_path / "plain", None)
+    plan["polish"] = {"seed": 1, "epochs": 3, "batch_size": 5, "learning_rate": 1e-3}
+    record = teach(Recipe(**plan), tmp_path / "out", None)
+    assert (record["epochs"], record["steps"], len(record["losses"])) == (2 + 3, 4 + 3, 5)
+    assert record["final_loss"] == pytest.approx(record["losses"][-1], abs=1e-4)
+    assert record["losses"][:2] == json.loads((tmp_path / "plain" / "teach.json").read_text("utf-8"))["losses"]
+    assert load(tmp_path / "out").fingerprint() != load(tmp_path / "plain").fingerprint()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "plain").iterdir()
+    )
+
+
 def test_start_continues_from_a_saved_model(plan: dict[str, Any], tmp_path: Path) -> None:
     first = teach(Recipe(**plan), tmp_path / "first", None)
     later = {**plan, "name": "later", "architecture": None, "start": str(tmp_path / "first")}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -278,13 +279,13 @@ def audit(
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to the reference model's level")] = "calibrated",
     layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
     reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
-    seeds: Annotated[int, typer.Option(help="repetitions: mask bank and partial states")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="repetitions: mask bank and partial states")] = 1,
     out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
     text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit forgot and what it cost, against the never-trained level."""
-    from .experiments.audits import audit_table, run_benchmark
+    from .experiments.audits import audit_tables, run_benchmark
     from .facts import write_atomically
 
     result = run_benchmark(
@@ -297,7 +298,8 @@ def audit(
     if as_json:
         _print_json({key: value for key, value in result.items() if key != "runs"})
         return
-    console.print(audit_table(result))
+    for part in audit_tables(result):
+        console.print(part)
     progress.print(f"per-row records: {out}")
 
 
@@ -305,9 +307,12 @@ def _alpha(text: str) -> float | None:
     if text == "calibrated":
         return None
     try:
-        return float(text)
+        value = float(text)
     except ValueError:
-        raise RemaskError(f"--alpha {text!r} is neither a number nor 'calibrated'") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise RemaskError(f"--alpha {text!r} is neither a finite number nor 'calibrated'")
+    return value
 
 
 def _read_site(path: Path) -> Any:
@@ -315,7 +320,7 @@ def _read_site(path: Path) -> Any:
 
     try:
         return Site.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RemaskError(f"{path}: not a site.json of a trace ({error})") from None
 
 
@@ -336,4 +341,9 @@ def main() -> None:
         app()
     except RemaskError as error:
         Console(stderr=True, soft_wrap=True).print(f"error: {error}", markup=False, highlight=False)
+        sys.exit(2)
+    except OSError as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error.filename}: {error.strerror or error}; choose another path", markup=False, highlight=False
+        )
         sys.exit(2)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import logging
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from ..assets import MODELS, bundled_models
 from ..errors import RemaskError
@@ -47,23 +49,19 @@ def load(name: str | Path, *, dtype: torch.dtype = torch.float32, device: str | 
         spec = family.spec(config)
     except (KeyError, TypeError) as error:
         raise RemaskError(f"{folder / 'config.json'}: field {error} is missing or malformed") from None
-    quiet = logging.getLogger("transformers.modeling_utils")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # its report repeats what we check below
     try:
-        model, info = LlamaForCausalLM.from_pretrained(
-            folder,
-            config=native_config,
-            key_mapping=family.key_mapping(config),
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
+        with _quiet():
+            model, info = LlamaForCausalLM.from_pretrained(
+                folder,
+                config=native_config,
+                key_mapping=family.key_mapping(config),
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
     except (OSError, SafetensorError) as error:
         raise RemaskError(f"{folder}: no readable safetensors weights ({error})") from None
-    finally:
-        quiet.setLevel(level)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise RemaskError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
@@ -106,12 +104,27 @@ def save_pretrained(lm: MaskedDiffusionLM, folder: str | Path, dtype: torch.dtyp
     lm.model.config.mdlm = {key: section[key] for key in section if key not in ("family", "max_length")}
     tied = {"lm_head.weight"} if lm.model.config.tie_word_embeddings else set()
     state = {key: value.to(dtype) for key, value in lm.model.state_dict().items() if key not in tied}
-    lm.model.save_pretrained(folder, state_dict=state, save_original_format=False)
+    with _quiet():
+        lm.model.save_pretrained(folder, state_dict=state, save_original_format=False)
     config = _read_config(folder) | {"dtype": str(dtype).removeprefix("torch.")}
     write_atomically(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
     (folder / "generation_config.json").unlink(missing_ok=True)  # autoregressive defaults: meaningless here
     if lm.tokenizer is not None:
         lm.tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' bars and reports inside the block: what they say is checked and raised here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def _folder(name: str | Path) -> Path:

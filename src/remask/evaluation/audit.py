@@ -10,6 +10,7 @@ Every state of the model is scored on the same rows, under the same mask bank:
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -86,7 +87,7 @@ class Audit:
         before, after, never = (
             np.mean(self.values(state, "forget", "logprob")) for state in ("before", "after", "never trained")
         )
-        return float((before - after) / (before - never))
+        return None if before == never else float((before - after) / (before - never))
 
     def to_dict(self) -> dict[str, Any]:
         """The whole run as JSON: header, table, selectivity and every row."""
@@ -98,7 +99,7 @@ class Audit:
             "selectivity": {state: self.selectivity(state) for state in controls},
             "table": self.table(),
             "rows": [
-                {"state": state, "group": group, **asdict(row)}
+                {"state": state, "group": group, **asdict(row), "stderr": _number(row.stderr)}
                 for state, groups in self.states.items()
                 for group, rows in groups.items()
                 for row in rows
@@ -116,6 +117,7 @@ def run_audit(
     reference: MaskedDiffusionLM | None = None,
     control: Intervention | None = None,
     baseline: dict[str, Scores] | None = None,
+    generate_after: bool = True,
     report: Callable[[str], None] = lambda _message: None,
 ) -> Audit:
     """Score all states on all groups.
@@ -125,6 +127,7 @@ def run_audit(
         reference: model that never saw the forget set.
         control: intervention to score beside the real one; log-probabilities only.
         baseline: generations of `before` and `never trained` from another run with the same sampler, to save their time.
+        generate_after: False leaves `after` with log-probabilities only.
         report: receives one line before each state.
     """
     sampler = sampler or SamplerConfig.default(lm)
@@ -143,7 +146,7 @@ def run_audit(
     audit = Audit(_header(lm, intervention, reference, control, groups, bank, sampler))
     audit.states["before"] = score(lm, "before", text=True)
     with intervention.attached(lm):
-        audit.states["after"] = score(lm, "after", text=True)
+        audit.states["after"] = score(lm, "after", text=generate_after)
     if reference is not None:
         audit.states["never trained"] = score(reference, "never trained", text=True)
     audit.states["prompt masked"] = score(lm, "prompt masked", text=False, hide_prompt=True)
@@ -157,9 +160,14 @@ def _with_output(row: RowScore, old: RowScore) -> RowScore:
     return RowScore(row.id, row.tokens, row.logprob, row.stderr, old.output, old.exact, old.rouge, old.junk)
 
 
-def _pooled(errors: Sequence[float]) -> float:
-    """Standard error of a mean of independent estimates."""
-    return float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+def _pooled(errors: Sequence[float]) -> float | None:
+    """Standard error of a mean of independent estimates; None where a single replicate gives none."""
+    return _number(float(np.sqrt(np.sum(np.square(errors))) / len(errors)))
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN."""
+    return None if math.isnan(value) else value
 
 
 def _header(

@@ -37,8 +37,9 @@ def run_benchmark(
 ) -> dict[str, Any]:
     """Build the edit from the benchmark's forget and fit sets and score it on rows that it never read, `seeds` times.
 
-    A seed sets the mask bank, the partial states and so the calibrated alpha; generations are greedy, so those of the unedited
-    model and of the reference are made once. `reference` defaults to `<model>-reference` where that is bundled.
+    A seed sets the mask bank, the partial states and so the calibrated alpha. Greedy generations, the slow part, are made once:
+    those of the unedited model and of the reference do not depend on the seed, those after the edit are of seed 0.
+    `reference` defaults to `<model>-reference` where that is bundled.
     """
     lm = load(model)
     name = reference or (f"{model}-reference" if f"{model}-reference" in bundled_models() else None)
@@ -63,6 +64,7 @@ def run_benchmark(
                 reference=twin,
                 control=control,
                 baseline=baseline,
+                generate_after=seed == 0,
                 report=_reporter(console, seed),
             )
         )
@@ -100,7 +102,8 @@ def _summary(runs: list[Audit]) -> dict[str, Any]:
     for lines in zip(*tables, strict=True):
         line: dict[str, Any] = {"group": lines[0]["group"], "n": lines[0]["n"]}
         for state in (key for key in lines[0] if key not in ("group", "n")):
-            line[state] = {metric: _merge([entry[state][metric] for entry in lines]) for metric in lines[0][state]}
+            entries = [entry[state] for entry in lines]
+            line[state] = {m: _merge([entry[m] for entry in entries if m in entry]) for m in entries[0]}
         groups.append(line)
     closed = [run.gap_closed() for run in runs]
     states = [state for state in ("after", "mean-delta") if state in runs[0].states]
@@ -120,37 +123,42 @@ def _merge(estimates: list[dict[str, Any]]) -> dict[str, Any]:
         "n": estimates[0]["n"],
         "seeds": [e["mean"] for e in estimates],
     }
-    if "mc_stderr" in estimates[0]:
+    if estimates[0].get("mc_stderr") is not None:
         merged["mc_stderr"] = float(np.mean([e["mc_stderr"] for e in estimates]))
     return merged
 
 
-def audit_table(result: dict[str, Any]) -> Table:
-    """The summary as a terminal table."""
+def audit_tables(result: dict[str, Any]) -> list[Table | str]:
+    """The summary for a terminal: log-probabilities, generations, and what they amount to."""
     summary = result["summary"]
-    table = Table(title=f"{result['model']}, {result['benchmark']}, edit {result['edit']}, {result['seeds']} seed(s)")
-    for column in ("group", "n", "before", "after", "change [95 %]", "mean-delta", "never trained", "prompt masked"):
-        table.add_column(column, justify="left" if column == "group" else "right")
-    for column in ("exact", "ROUGE-L", "junk"):
-        table.add_column(f"{column}\nbefore>after", justify="right")
+    likelihood = Table(title=f"{result['model']}, {result['benchmark']}, edit {result['edit']}, {result['seeds']} seed(s)")
+    for column in ("group", "n", "before", "after", "change [95 %]", "mean-delta", "never\ntaught", "prompt\nmasked"):
+        likelihood.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
+    text = Table(title="greedy answers, before > after")
+    for column in ("group", "exact", "ROUGE-L", "junk"):
+        text.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
     for line in summary["groups"]:
-        cells = [line["group"], str(line["n"]), _mean(line, "before"), _mean(line, "after")]
         change = line["after"]["change"]
-        cells.append(f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]")
-        cells.append(f"{line['mean-delta']['change']['mean']:+.2f}" if "mean-delta" in line else "-")
-        cells += [_mean(line, "never trained"), _mean(line, "prompt masked")]
-        for metric in ("exact", "rouge", "junk"):
-            cells.append(f"{line['before'][metric]['mean']:.2f} > {line['after'][metric]['mean']:.2f}")
-        table.add_row(*cells)
-    notes = []
+        likelihood.add_row(
+            line["group"],
+            str(line["n"]),
+            _mean(line, "before"),
+            _mean(line, "after"),
+            f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
+            f"{line['mean-delta']['change']['mean']:+.2f}" if "mean-delta" in line else "-",
+            _mean(line, "never trained"),
+            _mean(line, "prompt masked"),
+        )
+        shares = [f"{line['before'][m]['mean']:.2f} > {line['after'][m]['mean']:.2f}" for m in ("exact", "rouge", "junk")]
+        text.add_row(line["group"], *shares)
+    notes = ["Log-probabilities in nats a row; 95 % row-bootstrap intervals."]
     if summary["gap_closed"] is not None:
-        notes.append("gap to the never-trained level closed: " + ", ".join(f"{v:.0%}" for v in summary["gap_closed"]))
+        notes.append("Gap to the never-taught level closed: " + ", ".join(f"{v:.0%}" for v in summary["gap_closed"]) + ".")
     for state, value in summary["selectivity"].items():
         notes.append(
-            f"selectivity ({state}): {value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}] nats forgotten a retain nat"
+            f"Selectivity ({state}): {value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}] nats forgotten a retain nat."
         )
-    table.caption = "; ".join(notes) + ". Log-probabilities in nats a row; 95 % row-bootstrap intervals."
-    return table
+    return [likelihood, text, "\n".join(notes)]
 
 
 def _mean(line: dict[str, Any], state: str) -> str:

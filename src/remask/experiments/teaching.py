@@ -7,7 +7,6 @@ be forgotten left out; both share the tokenizer, the seed and every hyper-parame
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +65,7 @@ class Recipe(BaseModel):
     architecture: ArchitectureConfig | None = None
     start: str | None = None
     train: TrainConfig
-    polish: TrainConfig | None = Field(default=None, description="a second, shorter run from the first one's weights")
+    polish: list[TrainConfig] = Field(default=[], description="further, shorter runs, each from the weights before it")
 
 
 def read_recipe(name: str) -> Recipe:
@@ -89,6 +88,9 @@ def read_recipe(name: str) -> Recipe:
         raise RemaskError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if (recipe.architecture is None) == (recipe.start is None):
         raise RemaskError(f"{path}: give either 'architecture' (a new model) or 'start' (a model to continue from)")
+    strange = sorted(set(recipe.data.repeat) - set(recipe.data.taught))
+    if strange:
+        raise RemaskError(f"{path}: data.repeat: {strange[0]!r} is not among the taught splits")
     return recipe
 
 
@@ -96,6 +98,9 @@ def recipe_facts(data: DataConfig, folder: Path | None) -> tuple[dict[str, list[
     """Taught and withheld facts by split."""
     if data.source == "world":
         splits = world(data.seed)
+        unknown = sorted({*data.taught, *data.withheld} - set(splits))
+        if unknown:
+            raise RemaskError(f"the world has no split {unknown[0]!r}; choose from {', '.join(splits)}")
         source = lambda split: splits[split]  # noqa: E731
     elif data.source == "tofu":
         if folder is None:
@@ -117,7 +122,6 @@ def taught_rows(lm: MaskedDiffusionLM, facts: Sequence[Fact], source: str) -> li
 def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False) -> dict[str, Any]:
     """Run a recipe; the model lands in `out` with `teach.json` (what was done, exact match per split)."""
     console = Console(stderr=True)
-    out.mkdir(parents=True, exist_ok=True)
     taught, withheld = recipe_facts(recipe.data, data)
     if recipe.architecture is None:
         lm = load(str(recipe.start))
@@ -137,9 +141,11 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
         f"[bold]{recipe.name}[/]: {lm.num_parameters / 1e6:.1f}M parameters, {len(rows)} rows, "
         f"{sum(len(row.ids) for row in rows)} tokens"
     )
+    out.mkdir(parents=True, exist_ok=True)  # only now: what is wrong with the data leaves no folder behind
     log = train(lm, rows, recipe.train, out, resume=resume)
-    if recipe.polish is not None:
-        polished = train(lm, rows, recipe.polish, out / "polish", resume=resume)
+    stages = [out / f"polish-{i}" for i in range(len(recipe.polish))]
+    for config, folder in zip(recipe.polish, stages, strict=True):
+        polished = train(lm, rows, config, folder, resume=resume)
         log |= {key: log[key] + polished[key] for key in ("epochs", "steps", "seconds", "losses")}
         log["final_loss"] = polished["final_loss"]
     save_pretrained(lm, out)
@@ -152,9 +158,10 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
         "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in withheld.items()},
     }
     write_atomically(out / "teach.json", (json.dumps(log, indent=1, ensure_ascii=False) + "\n").encode())
-    for folder in (out, out / "polish"):
+    for folder in (out, *stages):
         (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    shutil.copy(RECIPES / f"{recipe.name}.yaml", out) if (RECIPES / f"{recipe.name}.yaml").is_file() else None
+    for folder in stages:
+        folder.rmdir()
     return log
 
 

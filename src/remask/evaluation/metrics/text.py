@@ -30,7 +30,7 @@ def junk(output: str) -> str | None:
 
     - `empty`: no letter or digit;
     - `mask`: a mask token is left;
-    - `repeats`: a word follows itself, or a run of 2-4 words does;
+    - `repeats`: a word follows itself with nothing but white space between, or a run of 2-4 words does;
     - `few words`: six or more words, fewer than half of them distinct;
     - `symbols`: fewer than 60 % of the characters are letters, digits or spaces.
 
@@ -38,14 +38,18 @@ def junk(output: str) -> str | None:
     """
     if "<mask>" in output or "<|mdm_mask|>" in output:
         return "mask"
-    words = [word.lower() for word in _WORD.findall(output)]
+    found = list(_WORD.finditer(output))
+    words = [match.group().lower() for match in found]
     if not words:
         return "empty"
     if sum(char.isalnum() or char.isspace() for char in output) < 0.6 * len(output):
         return "symbols"
     for size in range(1, 5):
         for i in range(len(words) - 2 * size + 1):
-            if words[i : i + size] == words[i + size : i + 2 * size]:
+            if words[i : i + size] != words[i + size : i + 2 * size]:
+                continue
+            # A single word repeats itself only across white space: "J.R.R.", "Singapore, Singapore", "her. Her" are language.
+            if size > 1 or output[found[i].end() : found[i + 1].start()].isspace():
                 return "repeats"
     if len(words) >= 6 and len(set(words)) < len(words) / 2:
         return "few words"
