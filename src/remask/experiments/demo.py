@@ -96,6 +96,9 @@ def run_demo(out: Path, console: Console) -> Audit:
     )
     console.print(undone)
 
+    pictures = {"heatmap": png(heatmap(traced, traced_site)), "levels": png(levels(audit))}
+    for name, data in pictures.items():
+        write_atomically(out / f"{name}.png", data)
     page = render(
         "demo.html.j2",
         person=person,
@@ -111,8 +114,7 @@ def run_demo(out: Path, console: Console) -> Audit:
             for (who, fact), b, a in zip(bystanders, others_before, others_after, strict=True)
         ],
         site_note=note,
-        heatmap=png(heatmap(traced, traced_site)),
-        levels=png(levels(audit)),
+        **pictures,
         table=audit.table(),
         summary=_summary(audit),
         estimator=audit.header["estimator"],
