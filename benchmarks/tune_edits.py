@@ -3,10 +3,11 @@
     python benchmarks/tune_edits.py tiny world
     python benchmarks/tune_edits.py tiny-tofu tofu:forget01 --data DIR
 
-For every setting the edit is calibrated to the reference twin's level of the validation facts (folds of whole people or
-authors, as many at a time as the benchmark forgets), and the retain change is read on validation retain rows. The setting
-with the smallest mean absolute retain change wins: first anchor and layer at mu = 10, then mu. Paper and mean-delta choose
-their layer by the same rule. Prints the entries for assets/edits.yaml and writes every setting to
+For every setting the edit is calibrated to the level of the validation facts (the reference twin's or the prompt-masked one,
+whichever is higher; folds of whole people or authors, as many at a time as the benchmark forgets), and the retain change is
+read on validation retain rows. The setting with the smallest mean absolute retain change wins: first anchor and layer at
+mu = 10, then mu. Paper and mean-delta choose their layer by the same rule. Prints the entries for assets/edits.yaml and
+writes every setting to
 benchmarks/results/tune_<model>.json.
 """
 
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.progress import track
 
 from remask import Fact, MaskBank, RemaskError, Site, load
-from remask.editing.calibrate import calibrate, mean_logprob
+from remask.editing.calibrate import calibrate, mean_logprob, target_level
 from remask.editing.memory import EditMemory, preset
 from remask.editing.steering import mean_delta
 from remask.evaluation.benchmarks.registry import load_benchmark, split_groups
@@ -60,7 +61,7 @@ class Tuner:
     def _fold(self, edit: str, fold: list[Fact], layer: int, changes: dict[str, Any]) -> dict[str, Any]:
         lm = self.lm
         rows = [lm.encode(fact) for fact in fold]
-        level = mean_logprob(self.twin, [self.twin.encode(fact) for fact in fold], BANK)
+        level = target_level(lm, fold, self.twin, bank=BANK)
         config = preset("paper") if edit == "paper" else preset("default", **changes)
         retain = self.benchmark.fit if config.mu else ()
         memory = EditMemory.build(lm, fold, Site(layer), retain=retain, config=config)

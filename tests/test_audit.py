@@ -9,7 +9,6 @@ from collections import Counter
 import numpy as np
 import pytest
 
-import remask.evaluation.records as records
 from conftest import FACTS, build_toy
 from remask.backbones import MaskedDiffusionLM, Site
 from remask.backbones.intervention import NoEdit
@@ -239,22 +238,19 @@ def test_single_replicate_has_no_monte_carlo_error_but_gives_json(lm: MaskedDiff
 
 
 # ------------------------------------------------------------------ reuse
-def test_baseline_saves_generations_and_changes_no_number(
-    audit: Audit, lm: MaskedDiffusionLM, reference: MaskedDiffusionLM, memory: EditMemory, monkeypatch: pytest.MonkeyPatch
+def test_known_states_are_not_scored_again_and_change_no_number(
+    audit: Audit, lm: MaskedDiffusionLM, reference: MaskedDiffusionLM, memory: EditMemory
 ) -> None:
     asked: list[str] = []
-    genuine = records.answers
-    monkeypatch.setattr(records, "answers", lambda model, *rest: asked.append(model.name) or genuine(model, *rest))
-    baseline = {state: audit.states[state] for state in ("before", "never trained")}
-    again = run_audit(lm, memory, GROUPS, BANK, reference=reference, control=mean_delta(memory), baseline=baseline)
-    assert asked == ["toy-1"] * len(GROUPS)  # only `after` was generated
+    known = {state: audit.states[state] for state in ("before", "never trained", "prompt masked")}
+    options = {"reference": reference, "control": mean_delta(memory), "known": known, "report": asked.append}
+    again = run_audit(lm, memory, GROUPS, BANK, **options)
+    assert asked == ["after", "mean-delta"]
     assert again.states == audit.states
     assert again.to_dict() == audit.to_dict()
 
 
-def test_baseline_keeps_outputs_under_another_bank(audit: Audit, lm: MaskedDiffusionLM, memory: EditMemory) -> None:
-    other = run_audit(lm, memory, GROUPS, MaskBank(2, 2, seed=9), baseline={"before": audit.states["before"]})
-    for name in GROUPS:
-        for new, old in zip(other.states["before"][name], audit.states["before"][name], strict=True):
-            assert (new.output, new.exact, new.rouge, new.junk) == (old.output, old.exact, old.rouge, old.junk)
-    assert other.values("before", "forget", "logprob") != audit.values("before", "forget", "logprob")
+def test_without_text_only_log_probabilities_are_scored(audit: Audit, lm: MaskedDiffusionLM, memory: EditMemory) -> None:
+    bare = run_audit(lm, memory, GROUPS, BANK, text=False)
+    assert all(row.output is None for row in bare.states["after"]["forget"])
+    assert bare.values("after", "forget", "logprob") == audit.values("after", "forget", "logprob")

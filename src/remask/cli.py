@@ -128,11 +128,11 @@ def edit_build(
     layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
     site: Annotated[Path | None, typer.Option("--site", help="site.json of a trace")] = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
-    reference: Annotated[str | None, typer.Option(help="model that never saw the facts: calibrate to its level")] = None,
+    reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
 ) -> None:
     """Build an edit memory that forgets facts, and write it to a file."""
     from .backbones import Site, load
-    from .editing.calibrate import mean_logprob
+    from .editing.calibrate import target_level
     from .editing.memory import PRESETS, EditMemory
     from .experiments.edits import build_edit
     from .facts import load_facts
@@ -142,12 +142,10 @@ def edit_build(
     lm = load(model)
     chosen = load_facts(facts)
     kept = load_facts(retain) if retain else []
-    level = None
-    if reference:
-        other = load(reference)
-        level = mean_logprob(other, [other.encode(fact) for fact in chosen])
+    strength = _alpha(alpha)
+    level = target_level(lm, chosen, load(reference) if reference else None) if strength is None else None
     where = Site(layer) if layer is not None else _read_site(site) if site else None
-    edit = build_edit(lm, preset, chosen, kept, site=where, alpha=_alpha(alpha), level=level)
+    edit = build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level)
     assert isinstance(edit, EditMemory)
     edit.save(output)
     console.print(
@@ -276,31 +274,45 @@ def audit(
     benchmark: Annotated[str, typer.Option(help="world, tofu:forget01, tofu:forget05 or tofu:forget10")],
     edit: Annotated[str, typer.Option(help="default, paper, mean-delta, none, or a memory file")] = "default",
     data: Data = None,
-    alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to the reference model's level")] = "calibrated",
+    alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",
     layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
     reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
+    level: Annotated[str, typer.Option(help="calibrate to: never-trained, prompt-masked, or auto (the higher)")] = "auto",
     seeds: Annotated[int, typer.Option(min=1, help="repetitions: mask bank and partial states")] = 1,
     out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
     text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit forgot and what it cost, against the never-trained level."""
-    from .experiments.audits import audit_tables, run_benchmark
+    from .experiments.audits import audit_tables, drop_text, run_benchmark
     from .facts import write_atomically
 
     result = run_benchmark(
-        model, benchmark, edit, data, alpha=_alpha(alpha), layer=layer, reference=reference, seeds=seeds, console=progress
+        model,
+        benchmark,
+        edit,
+        data,
+        alpha=_alpha(alpha),
+        layer=layer,
+        reference=reference,
+        level=_level(level),
+        seeds=seeds,
+        console=progress,
     )
-    if not text:
-        for row in (row for run in result["runs"] for row in run["rows"]):
-            del row["output"]
-    write_atomically(out, (json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    record = result if text else drop_text(result)
+    write_atomically(out, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
     if as_json:
         _print_json({key: value for key, value in result.items() if key != "runs"})
         return
     for part in audit_tables(result):
         console.print(part)
     progress.print(f"per-row records: {out}")
+
+
+def _level(text: str) -> Any:
+    if text not in ("auto", "never-trained", "prompt-masked"):
+        raise RemaskError(f"--level {text!r} is none of auto, never-trained, prompt-masked")
+    return text
 
 
 def _alpha(text: str) -> float | None:

@@ -1,14 +1,13 @@
 """`alpha="calibrated"`: the strength that brings the forget set to a given level, and not lower.
 
-The level is the never-trained one where a reference model exists, else the anchor's: the model's own log-probability with
-the prompt masked.
+The level is the never-trained one or the model's own with the prompt masked, whichever is higher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from ..backbones.model import Encoded, MaskedDiffusionLM
 from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
+from ..facts import Fact
 
 Edit = TypeVar("Edit", bound="Scalable")
 
@@ -48,6 +48,36 @@ def mean_logprob(
 ) -> float:
     """Mean answer log-probability of `rows`, nats a row."""
     return float(np.mean([score.logprob for score in elbo(lm, rows, bank, hide_prompt=hide_prompt)]))
+
+
+Level = Literal["auto", "never-trained", "prompt-masked"]
+
+
+def target_level(
+    lm: MaskedDiffusionLM,
+    facts: Sequence[Fact],
+    reference: MaskedDiffusionLM | None = None,
+    level: Level = "auto",
+    bank: MaskBank = CALIBRATION_BANK,
+) -> float:
+    """The level to forget to, nats a row.
+
+    Args:
+        reference: model that never saw the facts.
+        level: `never-trained` (the reference's), `prompt-masked` (the model's own without the question), or `auto`: the higher
+            of the two. A small reference can be confidently wrong, far below knowing nothing; going there is over-forgetting.
+
+    Raises:
+        RemaskError: `never-trained` without a reference.
+    """
+    if level == "never-trained" and reference is None:
+        raise RemaskError("the never-trained level needs a reference model; pass --reference or choose another --level")
+    levels = []
+    if level != "never-trained":
+        levels.append(mean_logprob(lm, [lm.encode(fact) for fact in facts], bank, hide_prompt=True))
+    if level != "prompt-masked" and reference is not None:
+        levels.append(mean_logprob(reference, [reference.encode(fact) for fact in facts], bank))
+    return max(levels)
 
 
 def calibrate(

@@ -116,8 +116,8 @@ def run_audit(
     sampler: SamplerConfig | None = None,
     reference: MaskedDiffusionLM | None = None,
     control: Intervention | None = None,
-    baseline: dict[str, Scores] | None = None,
-    generate_after: bool = True,
+    known: Mapping[str, Scores] | None = None,
+    text: bool = True,
     report: Callable[[str], None] = lambda _message: None,
 ) -> Audit:
     """Score all states on all groups.
@@ -126,38 +126,30 @@ def run_audit(
         groups: name -> facts; must hold `forget` and `retain`.
         reference: model that never saw the forget set.
         control: intervention to score beside the real one; log-probabilities only.
-        baseline: generations of `before` and `never trained` from another run with the same sampler, to save their time.
-        generate_after: False leaves `after` with log-probabilities only.
+        known: states of the unedited models that another audit scored on the same groups, bank and sampler; used as they are.
+        text: also generate answers (of the states that have them).
         report: receives one line before each state.
     """
     sampler = sampler or SamplerConfig.default(lm)
 
-    def score(model: MaskedDiffusionLM, state: str, *, text: bool, hide_prompt: bool = False) -> Scores:
+    def score(model: MaskedDiffusionLM, state: str, *, generate: bool, hide_prompt: bool = False) -> Scores:
+        if known is not None and state in known:
+            return known[state]
         report(state)
-        scores = {}
-        for name, facts in groups.items():
-            known = baseline is not None and state in baseline
-            rows = score_rows(model, facts, bank, sampler if text and not known else None, hide_prompt=hide_prompt)
-            if known and baseline is not None:
-                rows = [_with_output(row, old) for row, old in zip(rows, baseline[state][name], strict=True)]
-            scores[name] = rows
-        return scores
+        settings = sampler if generate and text else None
+        return {name: score_rows(model, facts, bank, settings, hide_prompt=hide_prompt) for name, facts in groups.items()}
 
     audit = Audit(_header(lm, intervention, reference, control, groups, bank, sampler))
-    audit.states["before"] = score(lm, "before", text=True)
+    audit.states["before"] = score(lm, "before", generate=True)
     with intervention.attached(lm):
-        audit.states["after"] = score(lm, "after", text=generate_after)
+        audit.states["after"] = score(lm, "after", generate=True)
     if reference is not None:
-        audit.states["never trained"] = score(reference, "never trained", text=True)
-    audit.states["prompt masked"] = score(lm, "prompt masked", text=False, hide_prompt=True)
+        audit.states["never trained"] = score(reference, "never trained", generate=True)
+    audit.states["prompt masked"] = score(lm, "prompt masked", generate=False, hide_prompt=True)
     if control is not None:
         with control.attached(lm):
-            audit.states["mean-delta"] = score(lm, "mean-delta", text=False)
+            audit.states["mean-delta"] = score(lm, "mean-delta", generate=False)
     return audit
-
-
-def _with_output(row: RowScore, old: RowScore) -> RowScore:
-    return RowScore(row.id, row.tokens, row.logprob, row.stderr, old.output, old.exact, old.rouge, old.junk)
 
 
 def _pooled(errors: Sequence[float]) -> float | None:

@@ -13,14 +13,14 @@ from rich.table import Table
 from ..assets import bundled_models
 from ..backbones import Site, load
 from ..diffusion.masks import MaskBank
-from ..editing.calibrate import mean_logprob
+from ..editing.calibrate import Level, target_level
 from ..editing.memory import EditMemory
 from ..editing.steering import mean_delta
 from ..evaluation.audit import SCHEMA, Audit, Scores, run_audit
 from ..evaluation.benchmarks.registry import load_benchmark
 from .edits import build_edit
 
-DRAWS, REPLICATES = 4, 4
+DRAWS, REPLICATES = 2, 4
 
 
 def run_benchmark(
@@ -32,14 +32,16 @@ def run_benchmark(
     alpha: float | None = None,
     layer: int | None = None,
     reference: str | None = None,
+    level: Level = "auto",
     seeds: int = 1,
+    known: dict[int, dict[str, Scores]] | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Build the edit from the benchmark's forget and fit sets and score it on rows that it never read, `seeds` times.
 
-    A seed sets the mask bank, the partial states and so the calibrated alpha. Greedy generations, the slow part, are made once:
-    those of the unedited model and of the reference do not depend on the seed, those after the edit are of seed 0.
-    `reference` defaults to `<model>-reference` where that is bundled.
+    A seed sets the mask bank, the partial states and so the calibrated alpha. Greedy answers, the slow part, are generated for
+    seed 0 only. `reference` defaults to `<model>-reference` where that is bundled. Pass one `known` dict to several edits of
+    the same model and benchmark, and the states that no edit touches are scored once.
     """
     lm = load(model)
     name = reference or (f"{model}-reference" if f"{model}-reference" in bundled_models() else None)
@@ -47,13 +49,11 @@ def run_benchmark(
     groups = load_benchmark(benchmark, data)
     scored = {"forget": groups.forget, **groups.scored}
     runs: list[Audit] = []
-    baseline: dict[str, Scores] | None = None
+    known = {} if known is None else known
     for seed in range(seeds):
-        level = None
-        if twin is not None:
-            level = mean_logprob(twin, [twin.encode(fact) for fact in groups.forget])
+        target = target_level(lm, groups.forget, twin, level) if alpha is None else None
         site = Site(layer) if layer is not None else None
-        intervention = build_edit(lm, edit, groups.forget, groups.fit, site=site, alpha=alpha, level=level, seed=seed)
+        intervention = build_edit(lm, edit, groups.forget, groups.fit, site=site, alpha=alpha, level=target, seed=seed)
         control = mean_delta(intervention) if isinstance(intervention, EditMemory) else None
         runs.append(
             run_audit(
@@ -63,18 +63,20 @@ def run_benchmark(
                 MaskBank(DRAWS, REPLICATES, seed),
                 reference=twin,
                 control=control,
-                baseline=baseline,
-                generate_after=seed == 0,
+                known=known.get(seed),
+                text=seed == 0,
                 report=_reporter(console, seed),
             )
         )
-        baseline = {key: runs[0].states[key] for key in ("before", "never trained") if key in runs[0].states}
+        states = runs[-1].states
+        known[seed] = {key: states[key] for key in ("before", "never trained", "prompt masked") if key in states}
     return {
         "schema": SCHEMA,
-        "command": _command(model, benchmark, edit, alpha, layer, reference, seeds),
+        "command": _command(model, benchmark, edit, alpha, layer, reference, level, seeds),
         "benchmark": groups.name,
         "model": lm.name,
         "edit": edit,
+        "level": level if alpha is None else None,
         "seeds": seeds,
         "summary": _summary(runs),
         "runs": [run.to_dict() for run in runs],
@@ -86,13 +88,27 @@ def _reporter(console: Console | None, seed: int) -> Callable[[str], None]:
 
 
 def _command(
-    model: str, benchmark: str, edit: str, alpha: float | None, layer: int | None, reference: str | None, seeds: int
+    model: str,
+    benchmark: str,
+    edit: str,
+    alpha: float | None,
+    layer: int | None,
+    reference: str | None,
+    level: Level,
+    seeds: int,
 ) -> str:
     parts = ["remask audit", model, "--benchmark", benchmark, "--edit", edit, "--seeds", str(seeds)]
     parts += ["--data", "DIR"] if benchmark != "world" else []
-    for flag, value in (("--alpha", alpha), ("--layer", layer), ("--reference", reference)):
+    chosen = None if level == "auto" else level
+    for flag, value in (("--alpha", alpha), ("--layer", layer), ("--reference", reference), ("--level", chosen)):
         parts += [flag, str(value)] if value is not None else []
     return " ".join(parts)
+
+
+def drop_text(result: dict[str, Any]) -> dict[str, Any]:
+    """The result without generated answers in its records."""
+    runs = [{**run, "rows": [{k: v for k, v in row.items() if k != "output"} for row in run["rows"]]} for run in result["runs"]]
+    return {**result, "runs": runs}
 
 
 def _summary(runs: list[Audit]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from ..backbones import MaskedDiffusionLM, load
 from ..backbones.intervention import Intervention, NoEdit
 from ..diffusion.masks import MaskBank
 from ..diffusion.sampler import SamplerConfig, generate
-from ..editing.calibrate import mean_logprob
+from ..editing.calibrate import target_level
 from ..editing.memory import EditMemory
 from ..editing.steering import mean_delta
 from ..evaluation.audit import Audit, run_audit
@@ -63,8 +63,7 @@ def run_demo(out: Path, console: Console) -> Audit:
     console.print(note)
 
     console.rule("[bold]3. Forget")
-    level = mean_logprob(twin, [twin.encode(fact) for fact in forget])
-    memory = build_edit(lm, "default", forget, groups.fit, level=level)
+    memory = build_edit(lm, "default", forget, groups.fit, level=target_level(lm, forget, twin))
     assert isinstance(memory, EditMemory)
     console.print(
         f"memory: {len(forget)} facts, {len(memory.keys)} keys at layer {memory.site.layer}; alpha {memory.alpha:.3g} brings "
