@@ -74,7 +74,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 
 def test_only_the_report_is_written(demo: Demo) -> None:
-    assert sorted(path.name for path in demo.out.iterdir()) == ["index.html", "results.json"]
+    assert sorted(path.name for path in demo.out.iterdir()) == ["heatmap.png", "index.html", "levels.png", "results.json"]
     assert str(demo.out / "index.html") in demo.printed.replace("\n", "")
 
 
@@ -119,12 +119,11 @@ def test_neighbours_and_strangers_answer_as_before(demo: Demo) -> None:
     assert all(row[1] in demo.printed for row in near + far)
 
 
-def test_forget_set_reaches_the_never_trained_level(demo: Demo) -> None:
-    closed = demo.audit.gap_closed()
-    assert closed is not None
-    assert 0.8 <= closed <= 1.2
-    assert demo.results["gap_closed"] == pytest.approx(closed)
+def test_forget_set_is_forgotten_and_the_rest_is_not(demo: Demo) -> None:
     lines = {line["group"]: line for line in demo.results["table"]}
+    forget = lines["forget"]
+    assert forget["after"]["logprob"]["mean"] < forget["prompt masked"]["logprob"]["mean"]
+    assert forget["after"]["logprob"]["mean"] > forget["never trained"]["logprob"]["mean"]
     assert lines["forget"]["before"]["exact"]["mean"] >= 0.9
     assert lines["forget"]["after"]["exact"]["mean"] <= 0.2
     assert lines["forget"]["after"]["change"]["high"] < 0
