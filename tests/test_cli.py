@@ -267,7 +267,10 @@ def test_audit_writes_every_row(remask: Remask, tiny: MaskedDiffusionLM, tmp_pat
         means = [table["table"][0][state]["logprob"]["mean"] for table in data["runs"]]
         assert forget[state]["logprob"]["mean"] == pytest.approx(sum(means) / 2)
         assert forget[state]["logprob"]["low"] <= min(means) <= max(means) <= forget[state]["logprob"]["high"]
-    assert all(0.7 <= closed <= 1.3 for closed in summary["gap_closed"])
+    # calibrated to the higher of two levels, on another bank
+    level = max(forget[state]["logprob"]["mean"] for state in ("never trained", "prompt masked"))
+    start, reached = forget["before"]["logprob"]["mean"], forget["after"]["logprob"]["mean"]
+    assert 0.7 <= (start - reached) / (start - level) <= 1.3
     assert summary["groups"][2]["before"]["exact"]["mean"] > 0.8
 
 

@@ -211,7 +211,7 @@ def test_repeat_shows_a_split_more_often(plan: dict[str, Any], tmp_path: Path) -
 
 def test_polish_is_a_second_run_and_leaves_nothing_behind(plan: dict[str, Any], tmp_path: Path) -> None:
     teach(Recipe(**plan), tmp_path / "plain", None)
-    plan["polish"] = {"seed": 1, "epochs": 3, "batch_size": 5, "learning_rate": 1e-3}
+    plan["polish"] = [{"seed": 1, "epochs": 3, "batch_size": 5, "learning_rate": 1e-3}]
     record = teach(Recipe(**plan), tmp_path / "out", None)
     assert (record["epochs"], record["steps"], len(record["losses"])) == (2 + 3, 4 + 3, 5)
     assert record["final_loss"] == pytest.approx(record["losses"][-1], abs=1e-4)

@@ -148,10 +148,10 @@ def audit_tables(result: dict[str, Any]) -> list[Table | str]:
     """The summary for a terminal: log-probabilities, generations, and what they amount to."""
     summary = result["summary"]
     likelihood = Table(title=f"{result['model']}, {result['benchmark']}, edit {result['edit']}, {result['seeds']} seed(s)")
-    for column in ("group", "n", "before", "after", "change [95 %]", "mean-delta", "never\ntaught", "prompt\nmasked"):
+    for column in ("group", "n", "before", "after", "change [95 %]", "control"):
         likelihood.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    text = Table(title="greedy answers, before > after")
-    for column in ("group", "exact", "ROUGE-L", "junk"):
+    text = Table(title="levels of not knowing, and greedy answers before > after")
+    for column in ("group", "never\ntaught", "prompt\nmasked", "exact", "ROUGE-L", "junk"):
         text.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
     for line in summary["groups"]:
         change = line["after"]["change"]
@@ -162,12 +162,10 @@ def audit_tables(result: dict[str, Any]) -> list[Table | str]:
             _mean(line, "after"),
             f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
             f"{line['mean-delta']['change']['mean']:+.2f}" if "mean-delta" in line else "-",
-            _mean(line, "never trained"),
-            _mean(line, "prompt masked"),
         )
         shares = [f"{line['before'][m]['mean']:.2f} > {line['after'][m]['mean']:.2f}" for m in ("exact", "rouge", "junk")]
-        text.add_row(line["group"], *shares)
-    notes = ["Log-probabilities in nats a row; 95 % row-bootstrap intervals."]
+        text.add_row(line["group"], _mean(line, "never trained"), _mean(line, "prompt masked"), *shares)
+    notes = ["Log-probabilities in nats a row; 95 % row-bootstrap intervals; control: mean-delta of equal strength."]
     if summary["gap_closed"] is not None:
         notes.append("Gap to the never-taught level closed: " + ", ".join(f"{v:.0%}" for v in summary["gap_closed"]) + ".")
     for state, value in summary["selectivity"].items():

@@ -32,7 +32,7 @@ from .edits import build_edit, tuned
 
 QUESTIONS = 5
 TRACED = 2
-ALPHA = 2.0  # calibration stops at the prompt-masked level, where short answers can still be guessed; this goes past it
+ALPHA = 1.5  # calibration stops at the prompt-masked level, where short answers can still be guessed; this goes past it
 KINDS = ("work", "city", "instrument", "book", "pet")  # attributes that are asked about
 
 
