@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
-RUNS = ("default", "mean-delta", "paper", "default_never-trained")
+EDITS = ("default", "mean-delta", "paper")
 
 
 def audit_table() -> str:
@@ -23,7 +23,7 @@ def audit_table() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     notes = []
-    for edit in RUNS:
+    for edit in EDITS:
         result = json.loads((RESULTS / f"tofu_forget01_{edit}.json").read_text())
         summary = result["summary"]
         for line in summary["groups"]:
