@@ -54,6 +54,7 @@ def run_benchmark(
         target = target_level(lm, groups.forget, twin, level) if alpha is None else None
         site = Site(layer) if layer is not None else None
         intervention = build_edit(lm, edit, groups.forget, groups.fit, site=site, alpha=alpha, level=target, seed=seed)
+        intervention.attach(lm).detach()  # an edit of another model is refused before anything is scored
         control = mean_delta(intervention) if isinstance(intervention, EditMemory) else None
         runs.append(
             run_audit(
