@@ -74,7 +74,7 @@ def target_level(
         raise RemaskError("the never-trained level needs a reference model; pass --reference or choose another --level")
     levels = []
     if level != "never-trained":
-        levels.append(mean_logprob(lm, [lm.encode(fact) for fact in facts], bank, hide_prompt=True))
+        levels.append(anchor_level(lm, [lm.encode(fact) for fact in facts], bank))
     if level != "prompt-masked" and reference is not None:
         levels.append(mean_logprob(reference, [reference.encode(fact) for fact in facts], bank))
     return max(levels)
