@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import remask.experiments.audits as audits
-from conftest import FACTS, build_toy
+from conftest import FACTS, GOLDENS, build_toy
 from remask.assets.world import world
 from remask.backbones import MaskedDiffusionLM, Site, save_pretrained
 from remask.cli import main
@@ -109,6 +109,88 @@ def test_inspect_describes_the_model(remask: Remask, tiny: MaskedDiffusionLM) ->
     table = remask("inspect", "tiny")
     assert table.code == 0
     assert data["fingerprint"] in table.out
+
+
+def test_models_lists_every_family_and_bundled_model(remask: Remask) -> None:
+    data = remask("models", "--json").data
+    rows = {row["family"]: row for row in data["families"]}
+    assert {"llada", "mmada", "dream", "diffullama", "diffugpt", "llada_moe", "llada2", "sdar", "bert", "modernbert"} < set(
+        rows
+    )
+    assert {name for name, row in rows.items() if row["verified"] == "goldens"} == {path.name for path in GOLDENS.iterdir()}
+    assert (rows["dream"]["mask_id"], rows["dream"]["logits_shifted"]) == (151666, True)
+    assert data["bundled"] == ["tiny", "tiny-reference", "tiny-tofu", "tiny-tofu-reference"]
+    table = remask("models")
+    assert table.code == 0
+    assert all(name in table.out for name in rows)
+
+
+@pytest.mark.parametrize("name", ["llada", "mmada", "dream"])
+def test_inspect_of_a_published_layout(remask: Remask, name: str) -> None:
+    data = remask("inspect", GOLDENS / name, "--json").data
+    config = json.loads((GOLDENS / name / "config.json").read_text())
+    assert (data["loads"], data["family"], data["mask_id"]) == (True, name, config["mask_token_id"])
+    assert data["parameters"] == sum(t.numel() for t in load_file(GOLDENS / name / "model.safetensors").values())
+    assert [job["name"] for job in data["jobs"] if not job["fits"]] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        ("diffullama", ["family=diffullama", "mask_id=211"], "name its family"),
+        ("llada_moe", ["mask_id=300"], "mask_id 156895 is outside the vocabulary of 320"),
+        ("llada2", ["mask_id=300", "attention_block=8"], "mask_id 156895 is outside the vocabulary of 320"),
+    ],
+)
+def test_inspect_says_what_a_checkpoint_does_not_tell(remask: Remask, name: str, options: list[str], remedy: str) -> None:
+    plain = remask("inspect", GOLDENS / name, "--json").data
+    assert plain["loads"] is False
+    assert remedy in plain["remedy"]
+    refused = remask("generate", GOLDENS / name, "--ids", "5 6")
+    assert (refused.code, len(refused.lines)) == (2, 1)
+    assert remedy in refused.err
+    words = [word for option in options for word in ("-L", option)]
+    data = remask("inspect", GOLDENS / name, "--json", *words).data
+    assert (data["loads"], data["family"]) == (True, name)
+    answer = remask("generate", GOLDENS / name, "--ids", "1 6 7", "--length", 8, "--json", *words).data["rows"][0]["answer"]
+    assert len(answer.split()) == 8
+
+
+def test_generate_from_token_ids_is_the_golden_run(remask: Remask) -> None:
+    case = json.loads((GOLDENS / "llada" / "sampler.json").read_text())["cases"][0]
+    prompt = " ".join(map(str, case["prompt_ids"][0]))
+    length = case["args"]["gen_length"]
+    words = (
+        "--sampler",
+        "llada",
+        "--steps",
+        case["args"]["steps"],
+        "--length",
+        length,
+        "-L",
+        f"mask_id={case['args']['mask_id']}",
+    )
+    data = remask("generate", GOLDENS / "llada", "--ids", prompt, "--json", *words).data
+    assert data["sampler"]["steps"] == case["args"]["steps"]
+    assert data["rows"][0]["answer"] == " ".join(map(str, case["output_ids"][0][-length:]))
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["-L", "family"], "KEY=VALUE"),
+        (["-L", "dtype=float33"], "float33"),
+        (["-L", "colour=red"], "'colour'"),
+        (["-L", "family=llama"], "unknown family 'llama'"),
+        (["--sampler", "lada"], "'lada'"),
+        (["--ids", "five"], "'five'"),
+    ],
+)
+def test_bad_loading_and_sampling_options_are_refused(remask: Remask, words: list[str], named: str) -> None:
+    result = remask("generate", "tiny", *(words if "--ids" in words else ["--prompt", "Who?", *words]))
+    assert (result.code, len(result.lines)) == (2, 1)
+    assert named in result.err
+    assert remask("generate", "tiny").code == 2
 
 
 def test_score_is_the_library_call(remask: Remask, tiny: MaskedDiffusionLM, files: Path) -> None:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask.backbones import Encoded, MaskedDiffusionLM
-from remask.diffusion.likelihood import elbo, elbo_exact
-from remask.diffusion.masks import MAX_ANSWER, MaskBank
+from remask.diffusion.likelihood import bernoulli, chain, elbo, elbo_exact, pll
+from remask.diffusion.masks import MAX_ANSWER, MIN_SHARE, MaskBank
 from remask.errors import RemaskError
 
 keys = st.text(min_size=1, max_size=8)
@@ -112,22 +112,57 @@ def test_masks_are_the_same_on_every_machine() -> None:
     assert packed == ["x...x.", "x.x.xx", "xxxxxx", "x..x..", ".xxx.x", "xxxxxx"]
 
 
+@given(row=keys, length=st.integers(1, 20), more=st.integers(0, 20), draws=st.integers(1, 12), seed=st.integers(0, 10**6))
+def test_bernoulli_masks_are_stratified_and_shared_between_lengths(row, length, more, draws, seed) -> None:
+    bank = MaskBank(draws, 2, seed)
+    masks, shares = bank.bernoulli(row, length)
+    longer, same = bank.bernoulli(row, length + more)
+    np.testing.assert_array_equal(masks, longer[:, :length])
+    np.testing.assert_array_equal(shares, same)
+    for replicate in np.split(shares, 2):  # one share in each of `draws` equal parts of [MIN_SHARE, 1]
+        assert np.floor((replicate - MIN_SHARE) / (1 - MIN_SHARE) * draws + 1e-9).tolist() == list(range(draws))
+    np.testing.assert_array_equal(masks[:draws], MaskBank(draws, 1, seed).bernoulli(row, length)[0])
+
+
+def test_bernoulli_masks_hide_each_token_with_their_probability() -> None:
+    drawn = [MaskBank(draws=5, replicates=1).bernoulli(f"row{i}", 6) for i in range(3000)]
+    masks, shares = np.concatenate([m for m, _ in drawn]), np.concatenate([p for _, p in drawn])
+    for low in np.arange(0, 1, 0.25):
+        chosen = (low <= shares) & (shares < low + 0.25)
+        spread = math.sqrt(0.25 / chosen.sum())
+        assert np.abs(masks[chosen].mean(axis=0) - shares[chosen].mean()).max() < 5 * spread
+        expected = np.mean(shares[chosen] ** 2)  # two tokens of one mask are independent given its share
+        assert abs((masks[chosen, 1] & masks[chosen, 4]).mean() - expected) < 5 * spread
+
+
+def test_bernoulli_masks_are_the_same_on_every_machine() -> None:
+    masks, shares = MaskBank(3, 1, seed=7).bernoulli("pin", 6)
+    assert ["".join("x" if hidden else "." for hidden in mask) for mask in masks] == ["......", ".xx.x.", "xxx.xx"]
+    assert shares.round(6).tolist() == [0.283012, 0.616012, 0.949012]
+
+
 def test_bad_banks_are_refused() -> None:
     for draws, replicates in [(0, 1), (1, 0), (-3, 2)]:
         with pytest.raises(RemaskError, match="draws >= 1"):
             MaskBank(draws, replicates)
-    with pytest.raises(RemaskError, match=r"'long'.*2048"):
-        MaskBank().masks("long", MAX_ANSWER + 1)
+    for masks in (MaskBank().masks, MaskBank().bernoulli):
+        with pytest.raises(RemaskError, match=r"'long'.*2048"):
+            masks("long", MAX_ANSWER + 1)
 
 
 # ------------------------------------------------------------------ likelihood
 def conditional(lm: MaskedDiffusionLM, row: Encoded, hidden: set[int], blind: bool = False) -> torch.Tensor:
     """log p(answer token | visible) at every answer position, fp64, one row alone through transformers' own forward."""
-    prompt = [lm.spec.mask_id] * len(row.prompt_ids) if blind else list(row.prompt_ids)
-    answer = [lm.spec.mask_id if i in hidden else token for i, token in enumerate(row.answer_ids)]
+    start = len(row.prompt_ids)
+    places = {start + i for i in hidden} | (set(range(start)) if blind else set())
+    return raw_logits(lm, row, places).log_softmax(-1)[range(start, len(row.ids)), list(row.answer_ids)]
+
+
+def raw_logits(lm: MaskedDiffusionLM, row: Encoded, hidden: set[int]) -> torch.Tensor:
+    """Logits [L, V] in fp64 of the canvas with positions `hidden` masked."""
+    ids = [lm.spec.mask_id if i in hidden else token for i, token in enumerate(row.ids)]
     with torch.inference_mode():
-        logits = lm.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) :]
-    return logits.double().log_softmax(-1)[range(len(answer)), list(row.answer_ids)]
+        return lm.model(input_ids=torch.tensor([ids])).logits[0].double()
 
 
 def cut(row: Encoded, length: int) -> Encoded:
@@ -216,3 +251,96 @@ def test_equal_keys_share_masks(toy, rows) -> None:
 def test_too_long_for_enumeration_is_refused_by_fact(toy, rows) -> None:
     with pytest.raises(RemaskError, match=r"ada/pet:13.*13 answer tokens.*at most 12"):
         elbo_exact(toy, [cut(rows[1], 13)])
+
+
+# ------------------------------------------------------------------ the other estimators
+@pytest.mark.parametrize("part", ["answer", "prompt", "all"])
+@pytest.mark.parametrize("scale", [0.0, 0.7])
+def test_chain_equals_a_slow_loop_in_any_order(toy, rows, part: str, scale: float) -> None:
+    """Each token given what precedes it in the order; guidance mixes in the logits with all that is given hidden."""
+    rng = np.random.default_rng(3)
+    rows = [rows[1], rows[0], rows[5]]
+    spans = {"answer": [row.answer for row in rows], "prompt": [(0, len(row.prompt_ids)) for row in rows]}
+    spans["all"] = [(0, len(row.ids)) for row in rows]
+    orders = [rng.permutation(stop - start).tolist() for start, stop in spans[part]]
+    for row, (start, stop), order, score in zip(
+        rows, spans[part], orders, chain(toy, rows, order=orders, part=part, cfg_scale=scale), strict=True
+    ):
+        hidden, outside, total = set(range(start, stop)), set(range(len(row.ids))) - set(range(start, stop)), 0.0
+        for place in order:
+            free = raw_logits(toy, row, hidden | outside)
+            logits = free + (scale + 1) * (raw_logits(toy, row, hidden) - free)
+            total += float(logits[start + place].log_softmax(-1)[row.ids[start + place]])
+            hidden.remove(start + place)
+        assert score.logprob == pytest.approx(total, abs=1e-3)
+        assert (score.tokens, score.stderr, score.replicates) == (stop - start, 0.0, (score.logprob,))
+
+
+def test_named_orders_are_permutations(toy, rows) -> None:
+    steps = [list(range(len(row.answer_ids))) for row in rows]
+    assert chain(toy, rows) == chain(toy, rows, order=steps)
+    assert chain(toy, rows, order="backward") == chain(toy, rows, order=[step[::-1] for step in steps])
+    assert chain(toy, rows, order="backward") != chain(toy, rows)
+
+
+def test_pll_masks_every_token_alone(toy, rows) -> None:
+    for row, score in zip(rows, pll(toy, rows), strict=True):
+        slow = sum(float(conditional(toy, row, {i})[i]) for i in range(len(row.answer_ids)))
+        assert score.logprob == pytest.approx(slow, abs=1e-4)
+
+
+def test_bernoulli_estimates_its_bound(toy, rows) -> None:
+    """Against the integral over p in [MIN_SHARE, 1] of all masks' probability times sum / p, by quadrature over p."""
+    row = cut(rows[1], 3)
+    nodes, weights = np.polynomial.legendre.leggauss(8)  # the integrand is a polynomial in p
+    expected = 0.0
+    for mask in itertools.product([False, True], repeat=3):
+        hidden = {i for i in range(3) if mask[i]}
+        if hidden:
+            total = float(conditional(toy, row, hidden)[list(hidden)].sum())
+            shares = MIN_SHARE + (1 - MIN_SHARE) * (nodes + 1) / 2
+            expected += total * float(weights @ (shares ** (len(hidden) - 1) * (1 - shares) ** (3 - len(hidden)))) / 2
+    score = bernoulli(toy, [row], MaskBank(draws=8, replicates=500))[0]
+    assert 0 < score.stderr < 0.5
+    assert abs(score.logprob - expected) < 4 * score.stderr
+    assert expected == pytest.approx(elbo_exact(toy, [row])[0].logprob, rel=5 * MIN_SHARE)  # the same bound
+
+
+def test_bernoulli_equals_a_slow_loop_over_the_bank(toy, rows) -> None:
+    bank = MaskBank(draws=6, replicates=1, seed=2)
+    for row, score in zip(rows, bernoulli(toy, rows, bank), strict=True):
+        values = []
+        for mask, share in zip(*bank.bernoulli(row.id, len(row.answer_ids)), strict=True):
+            hidden = set(np.nonzero(mask)[0].tolist())
+            values.append(sum(float(conditional(toy, row, hidden)[i]) for i in hidden) / share)
+        assert score.logprob == pytest.approx(np.mean(values), rel=1e-5, abs=1e-4)
+
+
+def test_guidance_mixes_logits_of_the_hidden_prompt(toy, rows) -> None:
+    row = cut(rows[0], 2)
+    start, both = len(row.prompt_ids), {len(row.prompt_ids), len(row.prompt_ids) + 1}
+    expected = 0.0
+    for hidden in ({start}, {start + 1}, both):
+        free = raw_logits(toy, row, hidden | set(range(start)))
+        logp = (free + 3.0 * (raw_logits(toy, row, hidden) - free)).log_softmax(-1)
+        expected += sum(float(logp[i, row.ids[i]]) for i in hidden) / 2
+    assert elbo_exact(toy, [row], cfg_scale=2.0)[0].logprob == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - elbo_exact(toy, [row])[0].logprob) > 1e-2
+
+
+def test_estimators_agree_on_one_token(toy, rows) -> None:
+    row = cut(rows[0], 1)
+    truth = float(conditional(toy, row, {0})[0])
+    for scores in (chain(toy, [row]), chain(toy, [row], order="backward"), pll(toy, [row]), elbo_exact(toy, [row])):
+        assert scores[0].logprob == pytest.approx(truth, abs=1e-5)
+
+
+def test_bad_orders_and_empty_parts_are_refused(toy, rows) -> None:
+    for order in ("sideways", [[0, 0, 1]], [[0, 1]]):
+        with pytest.raises(RemaskError, match=r"ada/city:3.*permutation of 0\.\.2"):
+            chain(toy, [cut(rows[0], 3)], order=order)
+    bare = Encoded("bare", (), (5, 6), (0, 1))
+    with pytest.raises(RemaskError, match="'bare' has no prompt tokens"):
+        chain(toy, [bare], part="prompt")
+    with pytest.raises(RemaskError, match="'bare' has no prompt tokens"):
+        bernoulli(toy, [bare], MaskBank(), part="prompt")

@@ -17,7 +17,7 @@ from remask.backbones import load
 from remask.cli import main
 from remask.errors import RemaskError
 from remask.experiments.teaching import DataConfig, Recipe, read_recipe, recipe_facts, taught_rows, teach
-from remask.facts import save_facts
+from remask.facts import Fact, save_facts
 
 SMALL = {
     "vocab_size": 300,
@@ -95,6 +95,8 @@ def changed(plan: dict[str, Any], where: str, value: object) -> dict[str, Any]:
         ("train", None, "train"),
         ("architecture", None, "'architecture'.*'start'"),
         ("start", "tiny", "'architecture'.*'start'"),
+        ("data.language", ["a"], "data.language and pretrain"),
+        ("pretrain", {"epochs": 1}, "data.language and pretrain"),
     ],
 )
 def test_bad_key_is_named(plan: dict[str, Any], tmp_path: Path, where: str, value: object, words: str) -> None:
@@ -111,7 +113,10 @@ def test_file_that_is_no_recipe_is_named(tmp_path: Path, text: str) -> None:
 
 # ------------------------------------------------------------------ data
 def test_world_rows_are_taught_in_two_wordings_and_never_in_the_last() -> None:
-    taught, withheld = recipe_facts(DataConfig(source="world", taught=["forget", "text"], withheld=["validation"]), None)
+    taught, withheld, language = recipe_facts(
+        DataConfig(source="world", taught=["forget", "text"], withheld=["validation"]), None
+    )
+    assert language == {}
     facts = world()
     assert taught == {"forget": facts["forget"], "text": facts["text"]}
     assert withheld == {"validation": facts["validation"]}
@@ -220,6 +225,30 @@ def test_polish_is_a_second_run_and_leaves_nothing_behind(plan: dict[str, Any], 
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
         path.name for path in (tmp_path / "plain").iterdir()
     )
+
+
+def test_language_rows_come_first_and_are_not_asked_for(plan: dict[str, Any], tmp_path: Path) -> None:
+    """Model and twin start from the same language: the rows that neither is taught nor must not see."""
+    taught, withheld = plan["data"]["taught"][0], plan["data"]["withheld"][0]
+    extra = [
+        Fact("gil/city", "Where was Gil Orr born?", "Gil Orr", "Trier"),
+        Fact("gil/pet", "Which pet has Gil Orr?", "Gil Orr", "a hen"),
+    ]
+    save_facts([*FACTS, *extra], tmp_path / "all.jsonl")
+    plan["data"]["language"] = [str(tmp_path / "all.jsonl")]
+    plan["pretrain"] = {"epochs": 3, "batch_size": 4, "learning_rate": 1e-2}
+    splits = recipe_facts(Recipe(**plan).data, None)
+    assert splits.language == {str(tmp_path / "all.jsonl"): extra}
+
+    record = teach(Recipe(**plan), tmp_path / "twin", None)
+    assert (record["rows"], record["steps"]) == (5, 4)
+    assert (record["pretrain"]["rows"], record["pretrain"]["steps"]) == (2, 3)
+    plan["data"]["taught"], plan["data"]["withheld"] = [taught, withheld], []
+    other = teach(Recipe(**plan), tmp_path / "model", None)
+    assert other["pretrain"]["losses"] == record["pretrain"]["losses"]
+    assert other["fingerprint"] != record["fingerprint"]
+    names = {path.name for path in (tmp_path / "twin").iterdir()}
+    assert names == {"config.json", "model.safetensors", "teach.json", "tokenizer.json", "tokenizer_config.json"}
 
 
 def test_start_continues_from_a_saved_model(plan: dict[str, Any], tmp_path: Path) -> None:

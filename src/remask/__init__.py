@@ -1,8 +1,20 @@
 """remask: knowledge editing and machine unlearning in masked diffusion language models."""
 
-from .backbones import BackboneSpec, Encoded, MaskedDiffusionLM, Site, load, save_pretrained
+from .backbones import BackboneSpec, Encoded, Family, MaskedDiffusionLM, Site, load, save_pretrained
 from .backbones.intervention import Handle, Intervention, NoEdit
-from .diffusion import Generation, Likelihood, MaskBank, SamplerConfig, elbo, elbo_exact, generate
+from .diffusion import (
+    Generation,
+    Likelihood,
+    MaskBank,
+    SamplerConfig,
+    bernoulli,
+    chain,
+    elbo,
+    elbo_exact,
+    generate,
+    infill,
+    pll,
+)
 from .editing import PRESETS, EditMemory, MemoryConfig, SteeringVector, calibrate, mean_delta
 from .errors import RemaskError
 from .facts import Fact, load_facts, save_facts
@@ -16,6 +28,7 @@ __all__ = [
     "EditMemory",
     "Encoded",
     "Fact",
+    "Family",
     "Generation",
     "Handle",
     "Intervention",
@@ -30,15 +43,19 @@ __all__ = [
     "SteeringVector",
     "Trace",
     "TraceConfig",
+    "bernoulli",
     "calibrate",
+    "chain",
     "choose_site",
     "elbo",
     "elbo_exact",
     "generate",
     "heatmap",
+    "infill",
     "load",
     "load_facts",
     "mean_delta",
+    "pll",
     "save_facts",
     "save_pretrained",
     "trace",

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from .errors import RemaskError
 
@@ -29,6 +30,10 @@ progress = Console(stderr=True)
 Model = Annotated[str, typer.Argument(help="bundled name (tiny, tiny-tofu, ...) or checkpoint folder")]
 Json = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 Facts = Annotated[Path, typer.Option("--facts", help="facts to work on, JSON Lines")]
+Load = Annotated[
+    list[str] | None,
+    typer.Option("-L", "--load", metavar="KEY=VALUE", help="how to load the model: family, mask_id, dtype, device, chat, ..."),
+]
 Data = Annotated[Path | None, typer.Option("--data", help="folder with the benchmark's files")]
 
 
@@ -41,18 +46,53 @@ def demo(out: Annotated[Path, typer.Option(help="folder of the report")] = Path(
 
 
 @app.command()
-def inspect(model: Model, as_json: Json = False) -> None:
-    """Show what a model is: family, size, ids, template, sites, fingerprint."""
-    from .backbones import load
+def models(as_json: Json = False) -> None:
+    """List the families of models that load, how each is verified, ids and limits; and the bundled models."""
+    from .assets import bundled_models
+    from .backbones.inspection import list_families
 
-    facts = load(model).describe()
+    rows = list_families()
     if as_json:
-        _print_json(facts)
+        _print_json({"families": rows, "bundled": bundled_models()})
+        return
+    table = Table(
+        Column("family", no_wrap=True),
+        Column("models, limits"),
+        Column("verified", no_wrap=True),
+        Column("mask", no_wrap=True),
+        title="families",
+        show_lines=True,
+    )
+    for row in rows:
+        mask = "\n".join(str(row[key]) for key in ("mask_token", "mask_id") if row[key] is not None) or "in its config"
+        title = escape(row["models"]) + (f"\n[dim]{escape(row['note'])}[/]" if row["note"] else "")
+        table.add_row(row["family"], title, row["verified"], escape(mask))
+    console.print(table)
+    console.print(
+        "verified: goldens = numbers of the original code; adapted = trained with this library; read = source only\n"
+        f"bundled: {', '.join(bundled_models())}"
+    )
+
+
+@app.command()
+def inspect(model: Model, load_options: Load = None, as_json: Json = False) -> None:
+    """Show what a model is (family, size, ids, template, sites) and which jobs fit this machine's memory."""
+    from .backbones.inspection import inspect as run
+
+    report = run(model, **_load_options(load_options))
+    if as_json:
+        _print_json(report)
         return
     table = Table("property", "value", title=str(model))
-    for key, value in facts.items():
-        table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
+    for key, value in report.items():
+        if key not in ("jobs", "memory_free"):
+            table.add_row(key, ", ".join(value) if isinstance(value, list) else str(value))
     console.print(table)
+    if report["loads"]:
+        jobs = Table("job", "GB", "fits", title=f"memory, estimated; {report['memory_free'] / 1e9:.1f} GB free")
+        for job in report["jobs"]:
+            jobs.add_row(job["name"], f"{job['bytes'] / 1e9:.1f}", "yes" if job["fits"] else "[red]no[/]")
+        console.print(jobs)
 
 
 @app.command()
@@ -75,6 +115,55 @@ def teach(
 
 
 @app.command()
+def adapt(
+    model: Annotated[str, typer.Argument(help="causal model: folder or hub id")],
+    text: Annotated[list[Path], typer.Option("--text", help="text to train on, .jsonl or plain; may be given several times")],
+    out: Annotated[Path, typer.Option("--out", help="folder for the model, adapt.json and curve.png")],
+    steps: Annotated[int, typer.Option(min=1, help="training steps")],
+    held_out: Annotated[
+        list[Path] | None, typer.Option("--held-out", help="text to score on; by default 10 % of --text")
+    ] = None,
+    mask_token: Annotated[str | None, typer.Option(help="special token to reuse as mask, or text of a new one")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="sequences a step, over all processes")] = 8,
+    length: Annotated[int, typer.Option(min=2, help="tokens a sequence")] = 128,
+    learning_rate: Annotated[float, typer.Option(min=1e-9, help="peak of the schedule")] = 2e-4,
+    anneal: Annotated[float, typer.Option(min=0, max=1, help="share of the steps that open the causal mask; 0 drops it")] = 0.0,
+    lora: Annotated[int, typer.Option(min=0, help="rank of adapters; 0 trains all weights")] = 0,
+    seed: Annotated[int, typer.Option(help="seed of batches and masks")] = 0,
+    resume: Annotated[bool, typer.Option(help="continue from the checkpoint in --out")] = False,
+) -> None:
+    """Turn a causal language model into a masked diffusion model; launch with accelerate to use several devices."""
+    from .experiments.adapting import adapt as run
+    from .experiments.adapting import read_groups
+    from .unlearning.adapting import AdaptConfig
+
+    config = AdaptConfig(
+        seed=seed,
+        steps=steps,
+        batch_size=batch_size,
+        length=length,
+        learning_rate=learning_rate,
+        anneal=anneal,
+        lora=lora,
+    )
+    apart = read_groups(held_out) if held_out else None
+    record = run(model, read_groups(text), out, config, held_out=apart, mask_token=mask_token, resume=resume)
+    if record is None:  # not the first process
+        return
+    table = Table("step", "tokens", "hidden", "nats a hidden token", "accuracy", title=f"{out}: held-out text")
+    for point in (record["curve"][0], record["curve"][-1]):
+        for rate, score in point["held_out"].items():
+            table.add_row(
+                str(point["step"]),
+                str(point["tokens"]),
+                f"{float(rate):.0%}",
+                f"{score['nats']:.2f} ± {score['nats_stderr']:.2f}",
+                f"{score['accuracy']:.1%} ± {score['accuracy_stderr']:.1%}",
+            )
+    console.print(table)
+
+
+@app.command()
 def trace(
     model: Model,
     facts: Facts,
@@ -82,6 +171,7 @@ def trace(
     steps: Annotated[int, typer.Option(help="denoising steps")] = 4,
     draws: Annotated[int, typer.Option(help="noise samples a fact")] = 3,
     limit: Annotated[int, typer.Option(help="trace at most this many facts")] = 8,
+    load_options: Load = None,
 ) -> None:
     """Find where and when along denoising facts are carried (Temporal Indirect Effect)."""
     from .backbones import load
@@ -89,7 +179,7 @@ def trace(
     from .tracing import TraceConfig, choose_site, save_heatmap
     from .tracing import trace as run
 
-    lm = load(model)
+    lm = load(model, **_load_options(load_options))
     chosen = load_facts(facts)
     rows = [lm.encode(fact) for fact in chosen[:limit]]
     if len(chosen) > limit:
@@ -129,6 +219,7 @@ def edit_build(
     site: Annotated[Path | None, typer.Option("--site", help="site.json of a trace")] = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
     reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
+    load_options: Load = None,
 ) -> None:
     """Build an edit memory that forgets facts, and write it to a file."""
     from .backbones import Site, load
@@ -139,11 +230,15 @@ def edit_build(
 
     if preset not in PRESETS:
         raise RemaskError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
-    lm = load(model)
+    lm = load(model, **_load_options(load_options))
     chosen = load_facts(facts)
     kept = load_facts(retain) if retain else []
     strength = _alpha(alpha)
-    level = target_level(lm, chosen, load(reference) if reference else None) if strength is None else None
+    level = (
+        target_level(lm, chosen, load(reference, **_load_options(load_options)) if reference else None)
+        if strength is None
+        else None
+    )
     where = Site(layer) if layer is not None else _read_site(site) if site else None
     edit = build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level)
     assert isinstance(edit, EditMemory)
@@ -176,13 +271,19 @@ def edit_list(file: Annotated[Path, typer.Argument(help="memory file")], as_json
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[list[str], typer.Option("--prompt", help="question; may be given several times")],
+    prompt: Annotated[list[str] | None, typer.Option("--prompt", help="question; may be given several times")] = None,
+    ids: Annotated[list[str] | None, typer.Option("--ids", help="prompt as token ids, for a folder without tokenizer")] = None,
     edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
     length: Annotated[int | None, typer.Option(help="response slots")] = None,
-    temperature: Annotated[float, typer.Option(help="0 = greedy")] = 0.0,
+    sampler: Annotated[
+        str | None, typer.Option(help="preset at its published settings; by default the model's, greedy")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; by default one token a step")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 = greedy")] = None,
     cfg: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     strip: Annotated[bool, typer.Option(help="show the canvas after every step")] = False,
+    load_options: Load = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts, with or without an edit."""
@@ -190,21 +291,23 @@ def generate(
     from .diffusion.sampler import SamplerConfig
     from .diffusion.sampler import generate as run
 
-    lm = load(model)
-    changes: dict[str, Any] = {"temperature": temperature, "cfg_scale": cfg, "seed": seed}
-    if length is not None:
-        changes["gen_length"] = length
-    config = SamplerConfig.default(lm, **changes)
+    lm = load(model, **_load_options(load_options))
+    given = {"temperature": temperature, "steps": steps, "gen_length": length}
+    changes = {"cfg_scale": cfg, "seed": seed} | {key: value for key, value in given.items() if value is not None}
+    config = SamplerConfig.preset(sampler, **changes) if sampler else SamplerConfig.default(lm, **changes)
+    prompts = [(text, lm.encode_prompt(text)) for text in prompt or []] + [(text, _token_ids(text)) for text in ids or []]
+    if not prompts:
+        raise RemaskError("nothing to answer; give --prompt or --ids")
+    show = lm.decode if lm.tokenizer is not None else lambda tokens: " ".join(map(str, tokens))
     with _attached(lm, edit):
-        ids = [lm.encode_prompt(text) for text in prompt]
-        results = run(lm, ids, config, keys=prompt, history=strip or as_json)
+        results = run(lm, [start for _, start in prompts], config, keys=[text for text, _ in prompts], history=strip or as_json)
     records = [
         {
             "prompt": text,
-            "answer": lm.decode(result.response),
-            "canvas": [lm.decode(state[len(start) :]) for state in result.history],
+            "answer": show(result.response),
+            "canvas": [show(state[len(start) :]) for state in result.history],
         }
-        for text, start, result in zip(prompt, ids, results, strict=True)
+        for (text, start), result in zip(prompts, results, strict=True)
     ]
     if as_json:
         _print_json({"model": lm.name, "edit": str(edit) if edit else None, "sampler": config.to_dict(), "rows": records})
@@ -223,6 +326,7 @@ def score(
     edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
     draws: Annotated[int, typer.Option(help="masks a replicate (4 replicates)")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the mask bank")] = 0,
+    load_options: Load = None,
     as_json: Json = False,
 ) -> None:
     """Log-probability and greedy answer of every fact."""
@@ -235,7 +339,7 @@ def score(
     from .evaluation.statistics import mean_interval
     from .facts import load_facts
 
-    lm = load(model)
+    lm = load(model, **_load_options(load_options))
     chosen = load_facts(facts)
     bank = MaskBank(draws=draws, seed=seed)
     with _attached(lm, edit):
@@ -281,6 +385,7 @@ def audit(
     seeds: Annotated[int, typer.Option(min=1, help="repetitions: mask bank and partial states")] = 1,
     out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
     text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
+    load_options: Load = None,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit forgot and what it cost, against the never-trained level."""
@@ -298,6 +403,7 @@ def audit(
         level=_level(level),
         seeds=seeds,
         console=progress,
+        load_options=_load_options(load_options),
     )
     record = result if text else drop_text(result)
     write_atomically(out, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
@@ -307,6 +413,33 @@ def audit(
     for part in audit_tables(result):
         console.print(part)
     progress.print(f"per-row records: {out}")
+
+
+def _token_ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise RemaskError(f"--ids {text!r} is not a list of token ids") from None
+
+
+def _load_options(pairs: list[str] | None) -> dict[str, Any]:
+    """`-L key=value` pairs as arguments of `load`; values are YAML scalars, dtype a torch name."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    for pair in pairs or []:
+        key, found, value = pair.partition("=")
+        if not found:
+            raise RemaskError(f"-L {pair!r} is not KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    if "dtype" in options:
+        import torch
+
+        dtype = getattr(torch, str(options["dtype"]), None)
+        if not isinstance(dtype, torch.dtype):
+            raise RemaskError(f"-L dtype={options['dtype']!r} is no torch dtype; try float32 or bfloat16")
+        options["dtype"] = dtype
+    return options
 
 
 def _level(text: str) -> Any:

@@ -5,3 +5,7 @@ from __future__ import annotations
 
 class RemaskError(Exception):
     """Bad input or an operation that would be wrong; the command line prints it and exits with code 2."""
+
+
+class MissingOptionError(RemaskError):
+    """A checkpoint does not say something that the user must: its family, or its mask id."""

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.masking_utils import create_bidirectional_mask
 
 from ..errors import RemaskError
 from ..facts import Fact, token_span
+from .stacks import Stack, block_causal_mask, stack_of
 
 if TYPE_CHECKING:
     from .intervention import Intervention
@@ -66,7 +66,11 @@ class BackboneSpec:
         family: name of the loader that made it.
         mask_id, eos_id, pad_id: token ids; pad may equal eos, so padding is never inferred from ids.
         shift: logits of position i are emitted at i-1 (Dream, DiffuLLaMA).
+        attention_block: block-causal attention over blocks of that many positions; 0 = full attention.
+        unpadded_positions: positions count real tokens only (Dream, GPT-2); otherwise they are indices of the padded row.
         template: prompt template with `{prompt}`; special tokens are written in it as text.
+        chat_template: Jinja template of `chat`, empty where the family has none.
+        sampler: name of the sampler preset that reproduces the original.
         answer_prefix: text put before the answer when the template does not end in a separator.
         max_length: context length in tokens.
         gen_length: response slots that generation uses unless told otherwise.
@@ -78,7 +82,11 @@ class BackboneSpec:
     eos_id: int
     pad_id: int
     shift: bool = False
+    attention_block: int = 0
+    unpadded_positions: bool = False
     template: str = "{prompt}"
+    chat_template: str = ""
+    sampler: str = "llada"
     answer_prefix: str = ""
     max_length: int = 4096
     gen_length: int = 128
@@ -125,8 +133,12 @@ class Clock:
 class MaskedDiffusionLM:
     """A masked diffusion language model on a native transformers decoder stack.
 
-    Build one with `remask.load`. Attention is full over the sequence; padding is masked only through `attention_mask`
-    (bool or 0/1, [B, L], 1 = real token).
+    Build one with `remask.load`. Attention is full over the sequence, or block-causal where the family says so; padding is
+    masked only through `attention_mask` (bool or 0/1, [B, L], 1 = real token).
+
+    Attributes:
+        source: the config.json that it was loaded from, in the checkpoint's own layout; empty for a new model.
+        fp32_rope: rotary positions are applied in fp32 whatever the weights' dtype.
     """
 
     model: PreTrainedModel
@@ -136,10 +148,13 @@ class MaskedDiffusionLM:
     counters: Counters = field(default_factory=Counters)
     clock: Clock = field(default_factory=Clock)
     attached: list[Intervention] = field(default_factory=list)
+    source: dict[str, Any] = field(default_factory=dict)
+    fp32_rope: bool = False
 
     def __post_init__(self) -> None:
         # Two switches, both needed: the config flag reaches attention only through the base model's forward, and a lone
         # layer falls back to `module.is_causal`, which is True by default.
+        self.stack: Stack = stack_of(self.model)
         self.model.config.is_causal = False
         for module in self.model.modules():
             if hasattr(module, "is_causal"):
@@ -151,7 +166,12 @@ class MaskedDiffusionLM:
     @property
     def blocks(self) -> nn.ModuleList:
         """The transformer blocks in order."""
-        return self.model.model.layers
+        return self.stack.blocks
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """The token table, [V, d]."""
+        return self.stack.embedding
 
     @property
     def num_layers(self) -> int:
@@ -166,7 +186,7 @@ class MaskedDiffusionLM:
     @property
     def device(self) -> torch.device:
         """Device of the embedding table."""
-        return self.model.model.embed_tokens.weight.device
+        return self.embedding.weight.device
 
     @property
     def num_parameters(self) -> int:
@@ -184,17 +204,27 @@ class MaskedDiffusionLM:
         block: Any = self.blocks[site.layer]
         if site.module not in MODULES:
             raise RemaskError(f"site module {site.module!r} is unknown; choose one of {', '.join(MODULES)}")
-        outputs: dict[str, nn.Module] = {"resid": block, "attn": block.self_attn.o_proj, "mlp": block.mlp}
-        return outputs[site.module]
+        return block if site.module == "resid" else getattr(self.stack, site.module)(block)
+
+    def mlp_key_module(self, layer: int) -> nn.Module:
+        """The module whose *input* [B, L, mlp size] is the MLP's key at `layer` (ROME's key): the down projection.
+
+        Raises:
+            RemaskError: layer outside the model, or a mixture of experts, which has no single key.
+        """
+        return self.stack.mlp_key(self.site_module(Site(layer)))
 
     def fingerprint(self) -> str:
         """16 hex digits over architecture and weights.
 
-        For every parameter, the integer sums of its fp32 bit patterns, plain and weighted by position. Equal for the same
-        checkpoint on any device, since integer sums do not depend on order; changes when any weight does.
+        For every parameter and stored buffer (router biases), the integer sums of its fp32 bit patterns, plain and weighted
+        by position. Equal for the same checkpoint on any device, since integer sums do not depend on order; changes when any
+        weight does.
         """
         digest = hashlib.blake2b(digest_size=8)
-        for name, parameter in sorted(self.model.named_parameters()):
+        stored = self.model.state_dict(keep_vars=True)
+        tensors = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in stored}
+        for name, parameter in sorted(tensors.items()):
             digest.update(f"{name}{tuple(parameter.shape)}".encode())
             rows = parameter.detach().reshape(len(parameter), -1)
             for start in range(0, len(rows), 4096):  # bounds the fp32 copy of a large table
@@ -221,7 +251,7 @@ class MaskedDiffusionLM:
     def run_to(self, layer: int, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Output of block `layer` [B, L, d]; later blocks do not run (early exit)."""
         self.site_module(Site(layer))
-        hidden = self.model.model.embed_tokens(ids)
+        hidden = self.stack.embed(ids, self._position_ids(ids, attention_mask))
         self.counters.forwards += 1
         self.counters.tokens += ids.numel()
         return self._run_blocks(range(layer + 1), hidden, attention_mask)
@@ -240,7 +270,7 @@ class MaskedDiffusionLM:
             hidden = torch.cat([hidden[:, :1], hidden[:, :-1]], dim=1)
         if positions is not None:
             hidden = hidden[positions]
-        return self.model.lm_head(self.model.model.norm(hidden))
+        return self.stack.head(hidden)
 
     def emitting(self, positions: Tensor) -> Tensor:
         """Map predicted positions [B, L] bool to the positions whose hidden state emits them."""
@@ -251,16 +281,24 @@ class MaskedDiffusionLM:
         emitting[:, 0] |= positions[:, 0]
         return emitting
 
-    def _run_blocks(self, layers: range, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The walk of the native base model over `layers`, every query seeing every real key."""
-        length = hidden.shape[1]
+    def _position_ids(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """[1, L], or [B, L] where padding shifts the positions; `tokens` is anything of shape [B, L, ...]."""
+        length = tokens.shape[1]
         if length > self.spec.max_length:
             raise RemaskError(f"a sequence of {length} tokens exceeds the context of {self.name}: {self.spec.max_length}")
-        position_ids = torch.arange(length, device=hidden.device).unsqueeze(0)
-        mask = create_bidirectional_mask(config=self.model.config, inputs_embeds=hidden, attention_mask=attention_mask)
-        rotary = self.model.model.rotary_emb(hidden, position_ids=position_ids)
+        if self.spec.unpadded_positions and attention_mask is not None:
+            return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+        return torch.arange(length, device=tokens.device).unsqueeze(0)
+
+    def _run_blocks(self, layers: range, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """The walk of the native base model over `layers`."""
+        position_ids = self._position_ids(hidden, attention_mask)
+        mask = attention_mask
+        if self.spec.attention_block:
+            mask = block_causal_mask(position_ids, self.spec.attention_block, attention_mask, hidden.dtype)
+        context = self.stack.context(hidden.float() if self.fp32_rope else hidden, mask, position_ids)
         for layer in layers:
-            hidden = self.blocks[layer](hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+            hidden = self.blocks[layer](hidden, **context[layer])
         self.counters.blocks += len(layers)
         return hidden
 
@@ -304,6 +342,25 @@ class MaskedDiffusionLM:
         span = token_span(tokens["offset_mapping"], start, start + len(subject))
         return Encoded(fact.id, prompt_ids, answer_ids, span)
 
+    def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
+        """Token ids of a conversation under the family's chat template, ready for `generate`.
+
+        Args:
+            messages: `{"role": "user" | "assistant" | "system", "content": text}` each, the last one the user's.
+
+        Raises:
+            RemaskError: the family has no chat template, or a text contains the mask token.
+        """
+        if not self.spec.chat_template:
+            raise RemaskError(f"{self.name} has no chat template; give a plain prompt instead")
+        text = self._tokenizer().apply_chat_template(
+            list(messages), chat_template=self.spec.chat_template, add_generation_prompt=True, tokenize=False
+        )
+        ids = tuple(self._tokenizer()(text, add_special_tokens=False)["input_ids"])
+        if self.spec.mask_id in ids:
+            raise RemaskError(f"the conversation contains the mask token of {self.name}; remove it")
+        return ids
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of response ids up to the first end token; masks left on the canvas are shown as such."""
         ids = list(ids)
@@ -318,30 +375,6 @@ class MaskedDiffusionLM:
         if self.tokenizer is None:
             raise RemaskError(f"{self.name} was loaded without a tokenizer; add tokenizer.json to its folder")
         return self.tokenizer
-
-    # ---------------------------------------------------------------- description
-    def describe(self) -> dict[str, Any]:
-        """What `remask inspect` prints."""
-        spec = self.spec
-        return {
-            "name": self.name,
-            "family": spec.family,
-            "parameters": self.num_parameters,
-            "layers": self.num_layers,
-            "hidden_size": self.hidden_size,
-            "vocabulary": int(self.model.config.vocab_size),
-            "context": spec.max_length,
-            "gen_length": spec.gen_length,
-            "mask_id": spec.mask_id,
-            "eos_id": spec.eos_id,
-            "pad_id": spec.pad_id,
-            "logits_shifted": spec.shift,
-            "template": spec.template,
-            "dtype": str(self.model.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "sites": [f"{module}@{layer}" for layer in range(self.num_layers) for module in MODULES],
-            "fingerprint": self.fingerprint(),
-        }
 
 
 @contextlib.contextmanager

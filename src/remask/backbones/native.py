@@ -1,53 +1,65 @@
-"""The library's own layout: a transformers Llama checkpoint whose config carries an `mdlm` section."""
+"""The library's own layout: a native transformers checkpoint whose config carries an `mdlm` section."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..errors import RemaskError
+from .family import Config, Family
 from .model import BackboneSpec
+from .stacks import STACKS
 
 SPECIAL = {"pad": "<pad>", "mask": "<mask>", "bos": "<bos>", "sep": "<sep>", "eos": "<eos>"}
 TEMPLATE = "<bos>{prompt}<sep>"
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
 
-def matches(config: dict[str, Any]) -> bool:
-    """True for a config written by this library."""
-    return "mdlm" in config and config.get("architectures") == ["LlamaForCausalLM"]
+def native_config(config: Config) -> PreTrainedConfig:
+    """The transformers config; nothing is renamed.
+
+    Raises:
+        RemaskError: an architecture that is not covered, or a size that is missing.
+    """
+    name = config["architectures"][0]
+    sizes = ("n_embd", "n_layer", "n_head") if name == "GPT2LMHeadModel" else SIZES
+    for field in (*sizes, "vocab_size"):
+        if not isinstance(config.get(field), int):
+            raise RemaskError(f"config.json: field {field!r} is missing; transformers' default would be another model")
+    return getattr(transformers, name).config_class.from_dict(config)
 
 
-def native_config(config: dict[str, Any]) -> LlamaConfig:
-    """The transformers config; nothing is renamed."""
-    return LlamaConfig.from_dict({**config, "is_causal": False})
-
-
-def key_mapping(_config: dict[str, Any]) -> None:
-    """Keys are already native."""
-    return None
-
-
-def spec(config: dict[str, Any]) -> BackboneSpec:
-    """Read the `mdlm` section.
+def spec_fields(config: Config) -> dict[str, Any]:
+    """The `mdlm` section, checked.
 
     Raises:
         RemaskError: a missing or unknown field, by name.
     """
     section = config["mdlm"]
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if not isinstance(config.get(name), int):
-            raise RemaskError(f"config.json: field {name!r} is missing; transformers' default would be a 7B model")
-    fields = set(BackboneSpec.__dataclass_fields__) - {"family", "max_length"}
+    fields = set(BackboneSpec.__dataclass_fields__) - {"family"}
     unknown = sorted(set(section) - fields)
     missing = sorted({"mask_id", "eos_id", "pad_id"} - set(section))
     if unknown or missing:
         raise RemaskError(
             f"config.json, section 'mdlm': {'unknown' if unknown else 'missing'} field {(unknown or missing)[0]!r}"
         )
-    return BackboneSpec(family="remask-llama", max_length=config["max_position_embeddings"], **section)
+    return section
+
+
+FAMILY = Family(
+    name="remask",
+    title="the library's own layout: any covered transformers architecture with an `mdlm` section in its config",
+    native="",
+    config=native_config,
+    architectures=tuple(STACKS),
+    matches=lambda config: "mdlm" in config,
+    spec=spec_fields,
+    max_length=lambda config: int(config.get("max_position_embeddings") or config["n_positions"]),
+    verified="adapted",
+)
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -82,14 +94,16 @@ def new_model(
 ) -> tuple[LlamaForCausalLM, BackboneSpec]:
     """A randomly initialised model and its spec. Uses torch's global generator for the weights: seed it around this call."""
     ids = {key: tokenizer.convert_tokens_to_ids(token) for key, token in SPECIAL.items()}
-    section = {
-        "mask_id": ids["mask"],
-        "eos_id": ids["eos"],
-        "pad_id": ids["pad"],
-        "template": TEMPLATE,
-        "gen_length": gen_length,
-        "block_length": block_length,
-    }
+    spec = BackboneSpec(
+        family=FAMILY.name,
+        mask_id=ids["mask"],
+        eos_id=ids["eos"],
+        pad_id=ids["pad"],
+        template=TEMPLATE,
+        max_length=max_length,
+        gen_length=gen_length,
+        block_length=block_length,
+    )
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
@@ -99,18 +113,8 @@ def new_model(
         num_key_value_heads=heads,
         max_position_embeddings=max_length,
         tie_word_embeddings=True,
-        is_causal=False,
         bos_token_id=ids["bos"],
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
-        mdlm=section,
     )
-    model = LlamaForCausalLM(config)
-    return model, spec(config.to_dict())
-
-
-def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast | None:
-    """The folder's fast tokenizer, or None where it has none."""
-    if not (folder / "tokenizer.json").is_file():
-        return None
-    return PreTrainedTokenizerFast.from_pretrained(folder)
+    return LlamaForCausalLM(config), spec

@@ -1,7 +1,20 @@
 """Masks, the sampler, and likelihoods."""
 
-from .likelihood import Likelihood, elbo, elbo_exact
+from .likelihood import Likelihood, bernoulli, chain, elbo, elbo_exact, pll
 from .masks import MaskBank
-from .sampler import Generation, SamplerConfig, generate
+from .sampler import PRESETS, Generation, SamplerConfig, generate, infill
 
-__all__ = ["Generation", "Likelihood", "MaskBank", "SamplerConfig", "elbo", "elbo_exact", "generate"]
+__all__ = [
+    "PRESETS",
+    "Generation",
+    "Likelihood",
+    "MaskBank",
+    "SamplerConfig",
+    "bernoulli",
+    "chain",
+    "elbo",
+    "elbo_exact",
+    "generate",
+    "infill",
+    "pll",
+]

@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import RemaskError
 from ..random import numpy_generator
 
+MIN_SHARE = 1e-3  # of Bernoulli masks: their weight 1 / p is at most 1000 (Dream's and LLaDA's training value)
 MAX_ANSWER = 2048  # uniforms are drawn for this many positions, so that answers of any length share their randomness
 
 
@@ -36,6 +37,22 @@ def stratified_masks(length: int, draws: int, replicates: int, seed: int, row: s
     return masks
 
 
+def bernoulli_masks(length: int, draws: int, replicates: int, seed: int, row: str) -> tuple[np.ndarray, np.ndarray]:
+    """Independent masks over `length` tokens: bool [replicates * draws, length], and their probabilities p, fp64 [same].
+
+    Within a replicate p is stratified, p_s = (1 - MIN_SHARE) (u + s) / draws + MIN_SHARE with one offset u. Each token is
+    masked with probability p, so a mask can be empty. Keyed like `stratified_masks`, with uniforms of its own.
+    """
+    masks = np.zeros((replicates * draws, length), dtype=bool)
+    shares = np.zeros(replicates * draws)
+    for replicate in range(replicates):
+        rng = numpy_generator(seed, "bernoulli", row, replicate)
+        chosen = slice(replicate * draws, (replicate + 1) * draws)
+        shares[chosen] = (1 - MIN_SHARE) * (rng.random() + np.arange(draws)) / draws + MIN_SHARE
+        masks[chosen] = rng.random((draws, MAX_ANSWER))[:, :length] < shares[chosen, None]
+    return masks, shares
+
+
 @dataclass(frozen=True)
 class MaskBank:
     """Masks per row id, shared by everything that is compared.
@@ -55,15 +72,32 @@ class MaskBank:
             raise RemaskError(f"a mask bank needs draws >= 1 and replicates >= 1, not {self.draws} and {self.replicates}")
 
     def masks(self, row: str, length: int) -> np.ndarray:
-        """Bool [replicates * draws, length] for one row."""
-        if length > MAX_ANSWER:
-            raise RemaskError(f"row {row!r}: {length} answer tokens; mask banks hold at most {MAX_ANSWER}")
+        """Exact-count masks for one row, bool [replicates * draws, length].
+
+        Raises:
+            RemaskError: longer than MAX_ANSWER.
+        """
+        self._check(row, length)
         return stratified_masks(length, self.draws, self.replicates, self.seed, row)
 
+    def bernoulli(self, row: str, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Bernoulli masks for one row, bool [replicates * draws, length], and their probabilities, fp64 [replicates * draws].
+
+        Raises:
+            RemaskError: longer than MAX_ANSWER.
+        """
+        self._check(row, length)
+        return bernoulli_masks(length, self.draws, self.replicates, self.seed, row)
+
     def fingerprint(self, lengths: Mapping[str, int] | Sequence[tuple[str, int]]) -> str:
-        """Hash of the masks of these (row id, answer length) pairs; recorded with every number."""
+        """Hash of the exact-count masks of these (row id, answer length) pairs; recorded with every number."""
         digest = hashlib.blake2b(digest_size=8)
         for row, length in lengths.items() if isinstance(lengths, Mapping) else lengths:
             digest.update(f"{row}:{length}".encode())
             digest.update(np.packbits(self.masks(row, length)).tobytes())
         return digest.hexdigest()
+
+    @staticmethod
+    def _check(row: str, length: int) -> None:
+        if length > MAX_ANSWER:
+            raise RemaskError(f"row {row!r}: {length} answer tokens; mask banks hold at most {MAX_ANSWER}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,19 @@ def run_benchmark(
     seeds: int = 1,
     known: dict[int, dict[str, Scores]] | None = None,
     console: Console | None = None,
+    load_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Build the edit from the benchmark's forget and fit sets and score it on rows that it never read, `seeds` times.
 
     A seed sets the mask bank, the partial states and so the calibrated alpha. Greedy answers, the slow part, are generated for
     seed 0 only. `reference` defaults to `<model>-reference` where that is bundled. Pass one `known` dict to several edits of
-    the same model and benchmark, and the states that no edit touches are scored once.
+    the same model and benchmark, and the states that no edit touches are scored once. Model and reference are loaded with
+    the same `load_options`.
     """
-    lm = load(model)
+    options = dict(load_options or {})
+    lm = load(model, **options)
     name = reference or (f"{model}-reference" if f"{model}-reference" in bundled_models() else None)
-    twin = load(name) if name else None
+    twin = load(name, **options) if name else None
     groups = load_benchmark(benchmark, data)
     scored = {"forget": groups.forget, **groups.scored}
     runs: list[Audit] = []

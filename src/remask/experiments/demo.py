@@ -102,7 +102,7 @@ def run_demo(out: Path, console: Console) -> Audit:
     page = render(
         "demo.html.j2",
         person=person,
-        model=lm.describe(),
+        model={"name": lm.name, "parameters": lm.num_parameters, "fingerprint": lm.fingerprint()},
         memory=memory.describe(),
         version=__version__,
         questions=[

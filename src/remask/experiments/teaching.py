@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import yaml
@@ -37,6 +37,7 @@ class DataConfig(BaseModel):
     taught: list[str] = Field(min_length=1, description="splits (world, tofu) or paths (facts) that are taught")
     repeat: dict[str, int] = Field(default={}, description="times a taught split is shown in each epoch; 1 by default")
     withheld: list[str] = Field(default=[], description="splits never taught, only probed for exact match")
+    language: list[str] = Field(default=[], description="splits for `pretrain`, less the rows that are taught or withheld")
     seed: int = 0
 
 
@@ -64,6 +65,7 @@ class Recipe(BaseModel):
     data: DataConfig
     architecture: ArchitectureConfig | None = None
     start: str | None = None
+    pretrain: TrainConfig | None = Field(default=None, description="a first run, on the language rows alone")
     train: TrainConfig
     polish: list[TrainConfig] = Field(default=[], description="further, shorter runs, each from the weights before it")
 
@@ -88,17 +90,27 @@ def read_recipe(name: str) -> Recipe:
         raise RemaskError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     if (recipe.architecture is None) == (recipe.start is None):
         raise RemaskError(f"{path}: give either 'architecture' (a new model) or 'start' (a model to continue from)")
+    if bool(recipe.data.language) != (recipe.pretrain is not None):
+        raise RemaskError(f"{path}: data.language and pretrain belong together; give both or neither")
     strange = sorted(set(recipe.data.repeat) - set(recipe.data.taught))
     if strange:
         raise RemaskError(f"{path}: data.repeat: {strange[0]!r} is not among the taught splits")
     return recipe
 
 
-def recipe_facts(data: DataConfig, folder: Path | None) -> tuple[dict[str, list[Fact]], dict[str, list[Fact]]]:
-    """Taught and withheld facts by split."""
+class Splits(NamedTuple):
+    """Facts of a recipe, by split."""
+
+    taught: dict[str, list[Fact]]
+    withheld: dict[str, list[Fact]]
+    language: dict[str, list[Fact]]
+
+
+def recipe_facts(data: DataConfig, folder: Path | None) -> Splits:
+    """Taught, withheld and language facts by split; a language fact is one that no other split asks for."""
     if data.source == "world":
         splits = world(data.seed)
-        unknown = sorted({*data.taught, *data.withheld} - set(splits))
+        unknown = sorted({*data.taught, *data.withheld, *data.language} - set(splits))
         if unknown:
             raise RemaskError(f"the world has no split {unknown[0]!r}; choose from {', '.join(splits)}")
         source = lambda split: splits[split]  # noqa: E731
@@ -108,7 +120,9 @@ def recipe_facts(data: DataConfig, folder: Path | None) -> tuple[dict[str, list[
         source = lambda split: load_tofu(folder, split)  # noqa: E731
     else:
         source = load_facts
-    return {s: source(s) for s in data.taught}, {s: source(s) for s in data.withheld}
+    taught, withheld = {s: source(s) for s in data.taught}, {s: source(s) for s in data.withheld}
+    asked = {fact.prompt for split in (*taught.values(), *withheld.values()) for fact in split}
+    return Splits(taught, withheld, {s: [fact for fact in source(s) if fact.prompt not in asked] for s in data.language})
 
 
 def taught_rows(lm: MaskedDiffusionLM, facts: Sequence[Fact], source: str) -> list[Encoded]:
@@ -122,12 +136,12 @@ def taught_rows(lm: MaskedDiffusionLM, facts: Sequence[Fact], source: str) -> li
 def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False) -> dict[str, Any]:
     """Run a recipe; the model lands in `out` with `teach.json` (what was done, exact match per split)."""
     console = Console(stderr=True)
-    taught, withheld = recipe_facts(recipe.data, data)
+    splits = recipe_facts(recipe.data, data)
     if recipe.architecture is None:
         lm = load(str(recipe.start))
     else:
         # The twin's tokenizer sees the withheld texts too, so that model and twin share one vocabulary.
-        facts = [fact for split in (*taught.values(), *withheld.values()) for fact in split]
+        facts = [fact for group in splits for split in group.values() for fact in split]
         texts = sorted(text for fact in facts for text in (fact.prompt, *fact.paraphrases[:1], fact.answer))
         size = recipe.architecture.model_dump()
         tokenizer = train_tokenizer(texts, size.pop("vocab_size"))
@@ -136,32 +150,33 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
             model, spec = new_model(tokenizer, **size)
         lm = MaskedDiffusionLM(model=model, tokenizer=tokenizer, spec=spec, name=recipe.name)
     repeat = recipe.data.repeat
-    rows = [row for name, split in taught.items() for row in taught_rows(lm, split, recipe.data.source) * repeat.get(name, 1)]
+    rows = [
+        row for name, split in splits.taught.items() for row in taught_rows(lm, split, recipe.data.source) * repeat.get(name, 1)
+    ]
+    language = [row for split in splits.language.values() for row in taught_rows(lm, split, recipe.data.source)]
     console.print(
         f"[bold]{recipe.name}[/]: {lm.num_parameters / 1e6:.1f}M parameters, {len(rows)} rows, "
-        f"{sum(len(row.ids) for row in rows)} tokens"
+        f"{sum(len(row.ids) for row in rows)} tokens, {len(language)} language rows"
     )
+    stages = [("pretrain", language, recipe.pretrain)] if recipe.pretrain else []
+    stages += [("train", rows, recipe.train), *((f"polish-{i}", rows, config) for i, config in enumerate(recipe.polish))]
     out.mkdir(parents=True, exist_ok=True)  # only now: what is wrong with the data leaves no folder behind
-    log = train(lm, rows, recipe.train, out, resume=resume)
-    stages = [out / f"polish-{i}" for i in range(len(recipe.polish))]
-    for config, folder in zip(recipe.polish, stages, strict=True):
-        polished = train(lm, rows, config, folder, resume=resume)
-        log |= {key: log[key] + polished[key] for key in ("epochs", "steps", "seconds", "losses")}
-        log["final_loss"] = polished["final_loss"]
+    logs = {name: train(lm, stage_rows, config, out / name, resume=resume) for name, stage_rows, config in stages}
     save_pretrained(lm, out)
     lm = load(out)  # what was written is what is measured: bf16 weights
-    log["recipe"] = recipe.model_dump()
-    log["parameters"] = lm.num_parameters
-    log["fingerprint"] = lm.fingerprint()
+    taught = [logs[name] for name, _, _ in stages if name != "pretrain"]
+    log: dict[str, Any] = taught[-1] | {key: sum(part[key] for part in taught) for key in ("epochs", "steps", "seconds")}
+    log["losses"] = [loss for part in taught for loss in part["losses"]]
+    log |= {"pretrain": logs["pretrain"]} if recipe.pretrain else {}
+    log |= {"recipe": recipe.model_dump(), "parameters": lm.num_parameters, "fingerprint": lm.fingerprint()}
     log["exact_match"] = {
-        "taught": {name: _rate(lm, taught_rows(lm, split, recipe.data.source)) for name, split in taught.items()},
-        "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in withheld.items()},
+        "taught": {name: _rate(lm, taught_rows(lm, split, recipe.data.source)) for name, split in splits.taught.items()},
+        "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in splits.withheld.items()},
     }
     write_atomically(out / "teach.json", (json.dumps(log, indent=1, ensure_ascii=False) + "\n").encode())
-    for folder in (out, *stages):
-        (folder / "checkpoint.safetensors").unlink(missing_ok=True)
-    for folder in stages:
-        folder.rmdir()
+    for name in logs:
+        (out / name / "checkpoint.safetensors").unlink()
+        (out / name).rmdir()
     return log
 
 

@@ -136,7 +136,7 @@ class _FactRun:
 
     def _subject_noise(self) -> Tensor:
         """[draws, |S|, d]: noise * std of the subject's embedding entries, keyed by (seed, fact, draw)."""
-        table = self.lm.model.model.embed_tokens.weight
+        table = self.lm.embedding.weight
         ids = torch.tensor(self.row.prompt_ids[self.subject], device=self.lm.device)
         scale = self.config.noise * table[ids].float().std()
         shape = (len(ids), self.lm.hidden_size)
@@ -156,7 +156,7 @@ class _FactRun:
         for step in range(self.steps):
             with contextlib.ExitStack() as stack:
                 if corrupt:
-                    stack.enter_context(_hooked(lm.model.model.embed_tokens, self._add_noise))
+                    stack.enter_context(_hooked(lm.embedding, self._add_noise))
                 if patch is not None and patch[1] == step:
                     stack.enter_context(_hooked(lm.site_module(patch[0]), self._restore(patch[0], step)))
                 if record:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,9 @@ def _train(
     parameters = list(lm.model.parameters())
     optimizers = _optimizers(lm, config)
     identity = {"config": config.model_dump_json(), "data": digest(*(row.ids for row in rows))}
-    epoch, losses, seconds = _restore(checkpoint, lm, optimizers, identity) if resume else (0, [], 0.0)
+    named = dict(lm.model.named_parameters())
+    restored = load_checkpoint(checkpoint, named, optimizers, identity) if resume else None
+    epoch, losses, seconds = (0, [], 0.0) if restored is None else restored
     steps_per_epoch = math.ceil(len(rows) / config.batch_size)
     total = config.epochs * steps_per_epoch
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -92,7 +94,7 @@ def _train(
         while epoch < config.epochs:
             started, running = time.perf_counter(), []
             for batch_index, batch in enumerate(_batches(rows, config, epoch, lm.spec.gen_length, lm.spec.max_length)):
-                factor = _schedule(epoch * steps_per_epoch + batch_index, total, config.warmup)
+                factor = schedule(epoch * steps_per_epoch + batch_index, total, config.warmup)
                 loss = _loss(lm, batch, config, (epoch, batch_index))
                 lm.model.zero_grad(set_to_none=True)
                 loss.backward()
@@ -109,7 +111,7 @@ def _train(
             if not math.isfinite(losses[-1]):
                 raise RemaskError(f"epoch {epoch}: the loss is not finite; lower learning_rate ({config.learning_rate})")
             if epoch % config.checkpoint_every == 0 or epoch == config.epochs:
-                _save(checkpoint, lm, optimizers, identity, (epoch, losses, seconds))
+                save_checkpoint(checkpoint, named, optimizers, identity, (epoch, losses, seconds))
     return {
         "rows": len(rows),
         "epochs": epoch,
@@ -180,34 +182,49 @@ def _loss(lm: MaskedDiffusionLM, batch: dict[str, Any], config: TrainConfig, key
     return (losses * weights).sum() / weights.sum()
 
 
-def _schedule(step: int, total: int, warmup: float) -> float:
-    """Linear warm-up, then cosine to zero."""
+def schedule(step: int, total: int, warmup: float) -> float:
+    """Factor on the learning rate: linear over the share `warmup` of the `total` steps, then cosine to zero."""
     ramp = max(1, int(warmup * total))
     if step < ramp:
         return (step + 1) / ramp
     return 0.5 * (1 + math.cos(math.pi * (step - ramp) / max(1, total - ramp)))
 
 
-def _save(
+def save_checkpoint(
     path: Path,
-    lm: MaskedDiffusionLM,
-    optimizers: list[torch.optim.Optimizer],
-    identity: dict[str, str],
-    progress: tuple[int, list[float], float],
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    identity: Mapping[str, str],
+    progress: Any,
 ) -> None:
-    state = {f"model.{name}": value.detach().contiguous() for name, value in lm.model.named_parameters()}
-    for name, parameter in lm.model.named_parameters():
+    """Write parameters, optimizer state and progress as one safetensors file, atomically.
+
+    Args:
+        parameters: what is trained, by name.
+        identity: `config` and `data` of the run; another run's checkpoint is refused on loading.
+        progress: anything that JSON holds.
+    """
+    state = {f"model.{name}": value.detach().contiguous() for name, value in parameters.items()}
+    for name, parameter in parameters.items():
         for optimizer in optimizers:
             for key, value in optimizer.state.get(parameter, {}).items():
                 state[f"optimizer.{key}.{name}"] = torch.as_tensor(value).detach().clone().contiguous()
     write_atomically(path, save(state, metadata={**identity, "progress": json.dumps(progress)}))
 
 
-def _restore(
-    path: Path, lm: MaskedDiffusionLM, optimizers: list[torch.optim.Optimizer], identity: dict[str, str]
-) -> tuple[int, list[float], float]:
+def load_checkpoint(
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizers: Sequence[torch.optim.Optimizer],
+    identity: Mapping[str, str],
+) -> Any:
+    """Put a checkpoint's state into `parameters` and `optimizers`; returns its progress, None where there is no file.
+
+    Raises:
+        RemaskError: damaged file, or a checkpoint of another run.
+    """
     if not path.is_file():
-        return 0, [], 0.0
+        return None
     try:
         with safe_open(path, framework="pt") as stream:
             header = stream.metadata() or {}
@@ -217,12 +234,11 @@ def _restore(
         if header.get(key) != identity[key]:
             raise RemaskError(f"{path} belongs to a run with other {what}; delete it or choose another --out")
     state = load_file(path)
-    names = {id(parameter): name for name, parameter in lm.model.named_parameters()}
+    names = {id(parameter): name for name, parameter in parameters.items()}
     for optimizer in optimizers:
         for parameter in optimizer.param_groups[0]["params"]:
             name = names[id(parameter)]
             parameter.data.copy_(state[f"model.{name}"])
             keys = [key for key in state if key.startswith("optimizer.") and key.endswith(f".{name}")]
-            optimizer.state[parameter] = {key.split(".")[1]: state[key] for key in keys}
-    epoch, losses, seconds = json.loads(header["progress"])
-    return int(epoch), losses, seconds
+            optimizer.state[parameter] = {key.split(".")[1]: state[key].to(parameter.device) for key in keys}
+    return json.loads(header["progress"])
