@@ -30,7 +30,7 @@ def main() -> None:
     data = parser.parse_args().data
     recipe = read_recipe("tiny-tofu")
     assert recipe.architecture is not None
-    taught, _ = recipe_facts(recipe.data, data)
+    taught = recipe_facts(recipe.data, data).taught
     facts = [fact for split in taught.values() for fact in split]
     size = recipe.architecture.model_dump()
     tokenizer = train_tokenizer(sorted(t for f in facts for t in (f.prompt, f.answer)), size.pop("vocab_size"))
@@ -39,9 +39,11 @@ def main() -> None:
         torch.manual_seed(0)
         model, spec = new_model(tokenizer, **size)
         lm = MaskedDiffusionLM(model=model, tokenizer=tokenizer, spec=spec)
-        config = recipe.train.model_copy(update={"epochs": EPOCHS, "learning_rate": rate, "checkpoint_every": EPOCHS + 1})
+        config = recipe.train.model_copy(
+            update={"epochs": EPOCHS, "learning_rate": rate, "weight_decay": 0.01, "checkpoint_every": EPOCHS + 1}
+        )
         optimizers = trainer._optimizers if name == "muon" else adamw
-        with mock.patch.object(trainer, "_optimizers", optimizers), mock.patch.object(trainer, "_save"):
+        with mock.patch.object(trainer, "_optimizers", optimizers), mock.patch.object(trainer, "save_checkpoint"):
             log = trainer.train(lm, [lm.encode(fact) for fact in facts[:ROWS]], config, Path())
         results.append({"optimizer": name, "learning_rate": rate, "seed": config.seed} | log)
         print(name, rate, log["losses"][-1])

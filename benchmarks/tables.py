@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
-EDITS = ("default", "mean-delta", "paper")
+EDITS = ("default", "mean-delta", "paper", "default_never-trained")
 
 
 def audit_table() -> str:
@@ -25,13 +25,13 @@ def audit_table() -> str:
     notes = []
     for edit in EDITS:
         result = json.loads((RESULTS / f"tofu_forget01_{edit}.json").read_text())
-        summary = result["summary"]
+        summary, name = result["summary"], edit.replace("_", ", ")
         for line in summary["groups"]:
-            lines.append(_line(edit, line))
+            lines.append(_line(name, line))
         selectivity, closed = summary["selectivity"]["after"], summary["gap_closed"]
         alphas = ", ".join(f"{alpha:.2f}" for alpha in summary["alpha"])
         notes.append(
-            f"- **{edit}**: gap to the never-trained level closed {', '.join(f'{v:.0%}' for v in closed)}; selectivity "
+            f"- **{name}**: gap to the never-trained level closed {', '.join(f'{v:.0%}' for v in closed)}; selectivity "
             f"{selectivity['mean']:.1f} [{selectivity['low']:.1f}, {selectivity['high']:.1f}] nats forgotten for each "
             f"nat that a retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); alpha {alphas}."
         )

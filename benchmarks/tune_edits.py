@@ -1,9 +1,9 @@
 """Choose layer, anchor and mu of the edits on validation people or authors; never on the rows that are reported.
 
-    python benchmarks/tune_edits.py tiny world
+    python benchmarks/tune_edits.py tiny closed-world
     python benchmarks/tune_edits.py tiny-tofu tofu:forget01 --data DIR
 
-For every setting the edit is calibrated to the level of the validation facts (the reference twin's or the prompt-masked one,
+For every setting the edit is calibrated to the level of the validation facts (by default the twin's or the prompt-masked one,
 whichever is higher; folds of whole people or authors, as many at a time as the benchmark forgets), and the retain change is
 read on validation retain rows. The setting with the smallest mean absolute retain change wins: first anchor and layer at
 mu = 10, then mu. Paper and mean-delta choose their layer by the same rule. Prints the entries for assets/edits.yaml and
@@ -16,14 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from rich.console import Console
 from rich.progress import track
 
 from remask import Fact, MaskBank, RemaskError, Site, load
-from remask.editing.calibrate import calibrate, mean_logprob, target_level
+from remask.editing.calibrate import Level, calibrate, mean_logprob, target_level
 from remask.editing.memory import EditMemory, preset
 from remask.editing.steering import mean_delta
 from remask.evaluation.benchmarks.registry import load_benchmark, split_groups
@@ -37,7 +37,8 @@ BANK = MaskBank(draws=4, replicates=1, seed=3_000_003)
 class Tuner:
     """One model, one benchmark, its validation folds; measures a setting and remembers it."""
 
-    def __init__(self, model: str, name: str, data: Path | None, folds: int) -> None:
+    def __init__(self, model: str, name: str, data: Path | None, folds: int, level: Level) -> None:
+        self.level = level
         self.lm, self.twin = load(model), load(f"{model}-reference")
         self.benchmark = load_benchmark(name, data)
         size = len({fact.group for fact in self.benchmark.forget})
@@ -61,7 +62,7 @@ class Tuner:
     def _fold(self, edit: str, fold: list[Fact], layer: int, changes: dict[str, Any]) -> dict[str, Any]:
         lm = self.lm
         rows = [lm.encode(fact) for fact in fold]
-        level = target_level(lm, fold, self.twin, bank=BANK)
+        level = target_level(lm, fold, self.twin, self.level, BANK)
         config = preset("paper") if edit == "paper" else preset("default", **changes)
         retain = self.benchmark.fit if config.mu else ()
         memory = EditMemory.build(lm, fold, Site(layer), retain=retain, config=config)
@@ -89,8 +90,9 @@ def main() -> None:
     parser.add_argument("benchmark")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--level", default="auto", choices=get_args(Level), help="calibrate every setting to this level")
     arguments = parser.parse_args()
-    tuner = Tuner(arguments.model, arguments.benchmark, arguments.data, arguments.folds)
+    tuner = Tuner(arguments.model, arguments.benchmark, arguments.data, arguments.folds, arguments.level)
     anchors: list[dict[str, Any]] = [
         {"anchor": "prompt"},
         {"anchor": "subject"},
@@ -112,12 +114,14 @@ def main() -> None:
     for name, entry in (("default", default), ("paper", paper), ("mean-delta", control)):
         console.print(f"{name}: {json.dumps(chosen[name])}")
         console.print(f"  retain change {entry['retain_loss']:.2f} nats, selectivity {entry['selectivity']:.1f}")
-    out = Path(__file__).parent / "results" / f"tune_{arguments.model}.json"
+    suffix = "" if arguments.level == "auto" else f"_{arguments.level}"
+    out = Path(__file__).parent / "results" / f"tune_{arguments.model}{suffix}.json"
     out.parent.mkdir(exist_ok=True)
     record = {
         "model": arguments.model,
         "fingerprint": tuner.lm.fingerprint(),
         "benchmark": arguments.benchmark,
+        "level": arguments.level,
         "folds": [sorted({fact.group for fact in fold}) for fold in tuner.folds],
         "bank": {"draws": BANK.draws, "replicates": BANK.replicates, "seed": BANK.seed},
         "chosen": chosen,

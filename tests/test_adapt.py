@@ -20,8 +20,8 @@ from remask.experiments.adapting import adapt, read_groups, sequences, split_gro
 from remask.facts import save_facts
 from remask.unlearning.adapting import AdaptConfig, add_lora, evaluate, mask_bank, train_adapted
 
-pytest.importorskip("accelerate")
-pytest.importorskip("peft")
+pytest.importorskip("accelerate", reason="adapting needs remask[train]")
+pytest.importorskip("peft", reason="LoRA needs remask[train]")
 
 SIZE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 CONFIG = AdaptConfig(steps=6, batch_size=4, length=12, learning_rate=3e-3, anneal=0.5, evaluate_every=3, checkpoint_every=2)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from remask.assets.world import world
 from remask.errors import RemaskError
-from remask.evaluation.benchmarks.registry import FORGET_TOFU, Benchmark, load_benchmark, split_groups
-from remask.evaluation.benchmarks.tofu import load_tofu
+from remask.evaluation.benchmarks.registry import Benchmark, load_benchmark, split_groups
+from remask.evaluation.benchmarks.tofu import FORGET, load_tofu
 from remask.facts import Fact, load_facts, save_facts
 from test_tofu import DATA, real
 
@@ -45,7 +46,7 @@ def assert_disjoint(groups: dict[str, list[Fact]]) -> None:
 # ------------------------------------------------------------------ the closed world
 @pytest.fixture(scope="module")
 def closed() -> Benchmark:
-    return load_benchmark("world", None)
+    return load_benchmark("closed-world", None)
 
 
 def test_world_groups_share_nobody(closed: Benchmark) -> None:
@@ -68,7 +69,7 @@ def test_world_neighbours_are_scored_and_never_read(closed: Benchmark) -> None:
 
 def test_world_groups_come_from_the_right_splits(closed: Benchmark) -> None:
     facts = world()
-    assert closed.name == "world"
+    assert closed.name == "closed-world"
     assert closed.forget == facts["forget"]
     assert closed.validation == facts["validation"]
     taught = {fact.id for split in ("retain", "general", "text", "unknown") for fact in facts[split]}
@@ -91,8 +92,15 @@ def test_world_paraphrases_are_wordings_that_were_never_taught(closed: Benchmark
         assert (fact.answer, fact.subject, fact.group) == (own.answer, own.subject, own.group)
 
 
+def test_world_probes_are_the_scored_groups(closed: Benchmark) -> None:
+    groups = {"forget": closed.forget, **closed.scored}
+    assert {name: probe.facts for name, probe in closed.probes.items()} == groups
+    assert {name for name, probe in closed.probes.items() if probe.side == "forget"} == {"forget", "paraphrase"}
+    assert any(fact.perturbed for fact in closed.forget)
+
+
 def test_world_is_the_same_every_time(closed: Benchmark, tmp_path: Path) -> None:
-    assert load_benchmark("world", None) == closed
+    assert load_benchmark("closed-world", None) == closed
     for name, facts in groups_of(closed).items():  # and every group is a valid fact file
         save_facts(facts, tmp_path / f"{name}.jsonl")
         assert load_facts(tmp_path / f"{name}.jsonl") == facts
@@ -101,7 +109,7 @@ def test_world_is_the_same_every_time(closed: Benchmark, tmp_path: Path) -> None
 # ------------------------------------------------------------------ TOFU
 @pytest.fixture(scope="module")
 def published() -> dict[str, Benchmark]:
-    return {split: load_benchmark(f"tofu:{split}", DATA) for split in FORGET_TOFU}
+    return {split: load_benchmark(f"tofu:{split}", DATA) for split in FORGET}
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +130,7 @@ def test_tofu_sizes(published: dict[str, Benchmark], split: str, size: int) -> N
 
 
 @real
-@pytest.mark.parametrize("split", FORGET_TOFU)
+@pytest.mark.parametrize("split", FORGET)
 def test_tofu_groups_share_no_author(published: dict[str, Benchmark], block: dict[tuple[str, str], int], split: str) -> None:
     benchmark = published[split]
     fictitious = {
@@ -152,10 +160,106 @@ def test_tofu_forget_rows_carry_their_wrong_answers(published: dict[str, Benchma
         assert all(fact.perturbed and fact.paraphrases for fact in benchmark.forget)
 
 
+@real
+def test_tofu_probes_add_authors_that_no_model_saw(published: dict[str, Benchmark]) -> None:
+    for benchmark in published.values():
+        probes = {name: (probe.side, len(probe)) for name, probe in benchmark.probes.items()}
+        assert probes == {
+            "forget": ("forget", len(benchmark.forget)),
+            "retain": ("retain", 100),
+            "real_authors": ("retain", 100),
+            "world_facts": ("retain", 117),
+            "holdout": ("holdout", len(benchmark.forget)),
+        }
+        fresh = benchmark.probes["holdout"].facts
+        assert not {fact.prompt for fact in fresh} & {fact.prompt for fact in load_tofu(DATA, "full")}
+        assert all(fact.group for fact in fresh)
+
+
+# ------------------------------------------------------------------ TOFU, made-up rows
+NAMES = [f"{first} {last}" for first in ("Ada", "Bruno", "Cleo", "Dario", "Elin") for last in ("Birk", "Lund", "Holm", "Orr")]
+
+
+def author(name: str, **more: object) -> list[dict[str, object]]:
+    return [{"question": f"What is fact {i} about {name}?", "answer": f"It is {i} for {name}.", **more} for i in range(20)]
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Path:
+    """A complete folder; wrong answers come in threes and fives."""
+    forget, retain = [f"{name} the Elder" for name in NAMES], NAMES
+
+    def save(split: str, names: list[str], wrong: int = 0) -> None:
+        more = {"perturbed_answer": ["no"] * wrong, "paraphrased_answer": "yes", "paraphrased_question": "So?"} if wrong else {}
+        lines = [json.dumps(row) for name in names for row in author(name, **more)]
+        (tmp_path / f"{split}.json").write_text("\n".join(lines), encoding="utf-8")
+
+    for split, count in (("forget01", 2), ("forget05", 10), ("forget10", 20)):
+        save(split, forget[-count:])
+        save(f"{split}_perturbed", forget[-count:], 3)
+    save("retain_perturbed", retain, 5)
+    for split, count in (("real_authors_perturbed", 100), ("world_facts_perturbed", 117)):
+        rows = [{"question": f"{split} {i}?", "answer": "x", "perturbed_answer": ["a", "b", "c"]} for i in range(count)]
+        (tmp_path / f"{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+    return tmp_path
+
+
+def test_tofu_is_read_without_its_holdouts(made_up: Path) -> None:
+    benchmark = load_benchmark("tofu:forget05", made_up)
+    assert (len(benchmark.forget), len(benchmark.validation), len(benchmark.fit), len(benchmark.validation_retain)) == (
+        200,
+        200,
+        200,
+        100,
+    )
+    assert {name: len(facts) for name, facts in benchmark.scored.items()} == {
+        "retain": 100,
+        "real_authors": 100,
+        "world_facts": 117,
+    }
+    assert {len(fact.perturbed) for fact in benchmark.forget} == {3}
+    assert {len(fact.perturbed) for fact in benchmark.scored["retain"]} == {5}
+    assert "holdout" not in benchmark.probes and "holdout05.json" in benchmark.notes[0]
+    (made_up / "holdout05.json").write_text(json.dumps([row for name in NAMES[:10] for row in author(f"Old {name}")]))
+    fresh = load_benchmark("tofu:forget05", made_up)
+    assert (len(fresh.probes["holdout"]), fresh.notes, fresh.forget) == (200, (), benchmark.forget)
+
+
+@pytest.mark.parametrize(
+    ("split", "old", "new", "words"),
+    [
+        ("forget01", '"answer"', '"response"', r"forget01\.json, line 1: column 'answer' is missing"),
+        ("forget05", '"question"', '"task_id": 1, "question"', r"forget05\.json, line 1: unknown column 'task_id'"),
+        (
+            "retain_perturbed",
+            '["no", "no", "no", "no", "no"]',
+            "[]",
+            r"tofu/retain/\d+ has no perturbed_answer; use the _perturbed",
+        ),
+    ],
+)
+def test_tofu_bad_columns_are_named(made_up: Path, split: str, old: str, new: str, words: str) -> None:
+    path = made_up / f"{split}.json"
+    text = path.read_text("utf-8")
+    path.write_text(text.replace(old, new), encoding="utf-8")
+    with pytest.raises(RemaskError, match=words):
+        load_benchmark("tofu:forget05" if split == "forget05" else "tofu:forget01", made_up)
+
+
+@pytest.mark.parametrize("split", ["forget01", "retain_perturbed", "real_authors_perturbed"])
+def test_tofu_files_cut_in_the_middle_are_refused(made_up: Path, split: str) -> None:
+    path = made_up / f"{split}.json"
+    path.write_text(path.read_text("utf-8")[: path.stat().st_size // 2], encoding="utf-8")
+    with pytest.raises(RemaskError, match=rf"{split}\.json, line \d+.*not JSON.*fetch"):
+        load_benchmark("tofu:forget01", made_up)
+
+
 # ------------------------------------------------------------------ bad input
-@pytest.mark.parametrize("name", ["", "World", "tofu", "tofu:", "tofu:forget02", "tofu:full", "rwku", "world:forget01"])
+@pytest.mark.parametrize(
+    "name", ["", "World", "tofu", "tofu:", "tofu:forget02", "tofu:full", "rwku", "rwku:", "whp:", "closed-world:forget"]
+)
 def test_unknown_benchmark_is_refused_with_the_choices(name: str) -> None:
-    with pytest.raises(RemaskError, match=r"unknown benchmark.*world, tofu:forget01"):
+    with pytest.raises(RemaskError, match=r"unknown benchmark.*closed-world, tofu:forget01"):
         load_benchmark(name, DATA)
 
 

@@ -312,7 +312,7 @@ def test_edit_build_calibrates_by_default(remask: Remask, tiny: MaskedDiffusionL
 @pytest.fixture
 def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """The world benchmark with a few rows of each group."""
-    full = load_benchmark("world", None)
+    full = load_benchmark("closed-world", None)
     small = replace(
         full,
         forget=full.forget[:8:2],  # short answers: one canvas length saves time
@@ -320,18 +320,18 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
         scored={"paraphrase": full.scored["paraphrase"][:2], "retain": full.scored["retain"][:12:2]},
     )
     genuine = audits.load_benchmark
-    monkeypatch.setattr(audits, "load_benchmark", lambda name, data: small if name == "world" else genuine(name, data))
+    monkeypatch.setattr(audits, "load_benchmark", lambda name, data: small if name == "closed-world" else genuine(name, data))
 
 
 @pytest.mark.usefixtures("small_world")
 def test_audit_writes_every_row(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
     """Also against the bundled twin."""
     out = tmp_path / "deep" / "results.json"
-    result = remask("audit", "tiny", "--benchmark", "world", "--seeds", 2, "--out", out, "--json")
+    result = remask("audit", "tiny", "--benchmark", "closed-world", "--seeds", 2, "--out", out, "--json")
     assert result.code == 0, result.err
     data = json.loads(out.read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
-    assert (data["benchmark"], data["edit"], data["seeds"], len(data["runs"])) == ("world", "default", 2, 2)
-    assert data["command"].startswith("remask audit tiny --benchmark world")
+    assert (data["benchmark"], data["edit"], data["seeds"], len(data["runs"])) == ("closed-world", "default", 2, 2)
+    assert data["command"].startswith("remask audit tiny --benchmark closed-world")
     states = ["before", "after", "never trained", "prompt masked", "mean-delta"]
     for run in data["runs"]:
         assert run["model"]["fingerprint"] == tiny.fingerprint()
@@ -358,7 +358,7 @@ def test_audit_writes_every_row(remask: Remask, tiny: MaskedDiffusionLM, tmp_pat
 
 @pytest.mark.usefixtures("small_world")
 def test_audit_without_an_edit_changes_nothing(remask: Remask, tmp_path: Path) -> None:
-    result = remask("audit", "tiny", "--benchmark", "world", "--edit", "none", "--out", tmp_path / "r.json")
+    result = remask("audit", "tiny", "--benchmark", "closed-world", "--edit", "none", "--out", tmp_path / "r.json")
     assert result.code == 0, result.err
     summary = json.loads((tmp_path / "r.json").read_text("utf-8"))["summary"]
     for line in summary["groups"]:
@@ -440,7 +440,7 @@ def test_failed_build_keeps_the_file_that_was_there(remask: Remask, files: Path,
         "score --facts {facts}",
         "trace --facts {facts} --out {out}",
         "edit build --facts {facts} -o {out}",
-        "audit --benchmark world --out {out}",
+        "audit --benchmark closed-world --out {out}",
     ],
 )
 @pytest.mark.parametrize("model", ["tinny", "no/such/folder"])
@@ -523,7 +523,7 @@ def test_audit_of_another_models_memory_is_refused(remask: Remask, tiny: MaskedD
     toy = build_toy()
     EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
     out = tmp_path / "results.json"
-    result = remask("audit", "tiny", "--benchmark", "world", "--edit", tmp_path / "toy.safetensors", "--out", out)
+    result = remask("audit", "tiny", "--benchmark", "closed-world", "--edit", tmp_path / "toy.safetensors", "--out", out)
     assert (result.code, out.exists()) == (2, False)
     assert tiny.fingerprint() in result.lines[-1]
     assert toy.fingerprint() in result.lines[-1]
@@ -570,7 +570,7 @@ def test_tofu_row_longer_than_the_model_is_refused_by_name(remask: Remask, tmp_p
 def test_junk_alpha_is_refused(remask: Remask, files: Path, tmp_path: Path, alpha: str) -> None:
     words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
     assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
-    words = ["audit", "tiny", "--benchmark", "world", "--out", tmp_path / "r.json"]
+    words = ["audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "r.json"]
     assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
     assert snapshot(tmp_path) == {}
 
@@ -586,7 +586,7 @@ def test_junk_alpha_is_refused(remask: Remask, files: Path, tmp_path: Path, alph
 )
 @pytest.mark.usefixtures("small_world")
 def test_bad_audit_options_are_refused(remask: Remask, tmp_path: Path, words: list[str], named: str) -> None:
-    result = remask("audit", "tiny", "--benchmark", "world", "--out", tmp_path / "r.json", *words)
+    result = remask("audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "r.json", *words)
     assert result.code == 2
     assert named in " ".join(result.lines)
     assert "Traceback" not in result.err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from remask.errors import RemaskError
-from remask.evaluation.benchmarks import tofu
+from remask.evaluation.benchmarks.base import find_subject
 from remask.evaluation.benchmarks.tofu import load_forget, load_tofu
 
 DATA = Path(os.environ.get("REMASK_DATA") or Path(__file__).parents[2] / "shared" / "data") / "tofu"
@@ -177,6 +177,6 @@ def test_perturbed_file_of_other_questions_is_refused(tmp_path: Path) -> None:
 
 def test_subject_is_the_longest_part_of_the_name() -> None:
     author = "Hsiao Yun-Hwa Chen"
-    assert tofu._subject("Who is Hsiao Yun-Hwa to you?", author) == "Hsiao Yun-Hwa"
-    assert tofu._subject("What did Chen write?", author) == "Chen"
-    assert tofu._subject("What did she write?", author) == "What did she write?"
+    assert find_subject("Who is Hsiao Yun-Hwa to you?", author) == "Hsiao Yun-Hwa"
+    assert find_subject("What did Chen write?", author) == "Chen"
+    assert find_subject("What did she write?", author) == "What did she write?"

@@ -375,7 +375,7 @@ def score(
 @app.command()
 def audit(
     model: Model,
-    benchmark: Annotated[str, typer.Option(help="world, tofu:forget01, tofu:forget05 or tofu:forget10")],
+    benchmark: Annotated[str, typer.Option(help="closed-world, tofu:forget01, rwku:NAME, ...; docs/benchmarks.md lists them")],
     edit: Annotated[str, typer.Option(help="default, paper, mean-delta, none, or a memory file")] = "default",
     data: Data = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RemaskError
 from .family import Config
-from .loading import _folder, _quiet, check_attention, read_config, read_tokenizer
+from .loading import check_attention, locate, quiet, read_config, read_tokenizer
 from .model import BackboneSpec, MaskedDiffusionLM
 from .native import FAMILY
 from .registry import recognise
@@ -48,7 +48,7 @@ def adapt_model(
         RemaskError: already a masked diffusion model, an architecture or a config field that is not covered, no safetensors,
             no tokenizer, or a mask token that is no special token.
     """
-    folder = _folder(name)
+    folder = locate(name)
     config = read_config(folder)
     _check_config(folder, config)
     tokenizer = read_tokenizer(folder)
@@ -56,7 +56,7 @@ def adapt_model(
         raise RemaskError(f"{folder}: no tokenizer.json; save a fast tokenizer there")
     native = getattr(transformers, config["architectures"][0])
     try:
-        with _quiet():
+        with quiet():
             model, info = native.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise RemaskError(f"{folder}: transformers cannot load this checkpoint ({str(error).splitlines()[0]})") from None
@@ -95,6 +95,7 @@ def from_causal(
         "template": f"{tokenizer.bos_token or tokenizer.eos_token}{{prompt}}",
         "answer_prefix": " ",
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else "",
+        "unpadded_positions": True,
         "max_length": length,
         "gen_length": responses,
         "block_length": responses,
@@ -163,7 +164,7 @@ def _add_rows(model: PreTrainedModel, size: int) -> None:
     """
     tables = {id(m): m for m in (model.get_input_embeddings(), model.get_output_embeddings())}
     old = next(iter(tables.values())).num_embeddings
-    with _quiet():
+    with quiet():
         model.resize_token_embeddings(size, mean_resizing=False)
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -63,7 +63,7 @@ class Checkpoint:
 
 def read_checkpoint(name: str | Path, family: str | None = None, **spec: Any) -> Checkpoint:
     """Recognise a bundled model, a folder or a hub id, without its weights; arguments and errors as of `load`."""
-    folder = _folder(name)
+    folder = locate(name)
     config = read_config(folder)
     chosen = _family(folder, config, family)
     tokenizer = read_tokenizer(folder, chosen.slow_tokenizer)
@@ -122,9 +122,12 @@ def load(
         ALL_ATTENTION_FUNCTIONS.register(FP32_ROPE, _sdpa_fp32_rope)
         ALL_MASK_ATTENTION_FUNCTIONS.register(FP32_ROPE, sdpa_mask)
     state = found.family.native_state(_read_state(folder), found.config)
+    for key, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise RemaskError(f"{folder}: weight {key!r} holds NaN or infinite values")
     options: dict[str, Any] = {"device_map": device_map, "quantization_config": quantization_config}
     try:
-        with _quiet():
+        with quiet():
             model, info = found.native.from_pretrained(
                 None,
                 config=found.native_config,
@@ -145,9 +148,6 @@ def load(
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             raise RemaskError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
-    for key, value in (*model.named_parameters(), *model.named_buffers()):  # a router's bias is a buffer
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise RemaskError(f"{folder}: weight {key!r} holds NaN or infinite values")
     lm = MaskedDiffusionLM(
         model=model if device_map is not None else model.to(device),
         tokenizer=found.tokenizer,
@@ -202,7 +202,7 @@ def save_pretrained(
     """
     folder = Path(folder)
     tied = set(lm.model.all_tied_weights_keys or {})
-    with _quiet():
+    with quiet():
         state = revert_weight_conversion(lm.model, dict(lm.model.state_dict()))  # experts one by one, as checkpoints have them
     state = {key: value.to(dtype) if value.is_floating_point() else value for key, value in state.items() if key not in tied}
     if original:
@@ -254,7 +254,7 @@ def read_tokenizer(folder: Path, slow: str = "Qwen2Tokenizer") -> PreTrainedToke
     if found is None:
         return None
     try:
-        with _quiet():
+        with quiet():
             return getattr(transformers, found).from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare Exception
         raise RemaskError(f"{folder}: the tokenizer's files cannot be read ({error})") from None
@@ -404,7 +404,7 @@ def _read_state(folder: Path) -> State:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence transformers' bars and reports inside the block: what they say is checked and raised here."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
@@ -417,7 +417,12 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _folder(name: str | Path) -> Path:
+def locate(name: str | Path) -> Path:
+    """Folder of a bundled model, of a path, or of a hub id, which is downloaded.
+
+    Raises:
+        RemaskError: none of them.
+    """
     for folder in (MODELS / str(name), Path(name)):
         if (folder / "config.json").is_file():
             return folder

@@ -239,7 +239,7 @@ class MaskedDiffusionLM:
 
         Args:
             ids: [B, L] token ids.
-            attention_mask: [B, L], 1 = real token; None = no padding.
+            attention_mask: [B, L], 1 = real token, or additive [B, 1, L, L]; None = no padding.
             positions: [B, L] bool; when given only these positions go through the head.
 
         Returns:
@@ -286,7 +286,7 @@ class MaskedDiffusionLM:
         length = tokens.shape[1]
         if length > self.spec.max_length:
             raise RemaskError(f"a sequence of {length} tokens exceeds the context of {self.name}: {self.spec.max_length}")
-        if self.spec.unpadded_positions and attention_mask is not None:
+        if self.spec.unpadded_positions and attention_mask is not None and attention_mask.ndim == 2:
             return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return torch.arange(length, device=tokens.device).unsqueeze(0)
 

@@ -102,7 +102,7 @@ def _command(
     seeds: int,
 ) -> str:
     parts = ["remask audit", model, "--benchmark", benchmark, "--edit", edit, "--seeds", str(seeds)]
-    parts += ["--data", "DIR"] if benchmark != "world" else []
+    parts += ["--data", "DIR"] if benchmark != "closed-world" else []
     chosen = None if level == "auto" else level
     for flag, value in (("--alpha", alpha), ("--layer", layer), ("--reference", reference), ("--level", chosen)):
         parts += [flag, str(value)] if value is not None else []

@@ -40,7 +40,7 @@ def run_demo(out: Path, console: Console) -> Audit:
     """Trace, forget, prove and undo one person of the closed world; the page lands in `out/index.html`."""
     started = time.perf_counter()
     lm, twin = load("tiny"), load("tiny-reference")
-    groups = load_benchmark("world", None)
+    groups = load_benchmark("closed-world", None)
     person = groups.forget[0].group
     forget = [fact for fact in groups.forget if fact.group == person]
     asked = [fact for kind in KINDS for fact in forget if f"/{kind}/short" in fact.id][:QUESTIONS]

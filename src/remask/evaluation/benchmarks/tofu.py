@@ -1,12 +1,13 @@
 """TOFU (Maini et al., 2024): questions and answers about fictitious authors, from a local folder.
 
 The folder holds the files of `locuslab/TOFU` as JSON Lines (or one JSON array): full.json, forget01.json, ... Row counts are
-checked. A `Fact` needs a subject; TOFU has none, so the author's name is recovered from the 20 rows of each author.
+checked. Columns: question, answer; `_perturbed` files add paraphrased_answer, paraphrased_question and perturbed_answer (a list
+of three or five wrong answers); real_authors and world_facts add option1 to option4. A `Fact` needs a subject; TOFU has none,
+so the author's name is recovered from the 20 rows of each author.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import RemaskError
-from ...facts import Fact, read_jsonl
+from ...facts import Fact
+from .base import Benchmark, Probe, find_subject, split_groups
+from .rows import ColumnKind, check_count, read_rows
+
+FORGET = ("forget01", "forget05", "forget10")
+HUB: dict[str, str | None] = {"locuslab/TOFU": None}
+FILES = ("*.json", "*.jsonl")
+LICENCE = "MIT (data card of locuslab/TOFU; Copyright (c) 2024 CMU Locus Lab)."
+COLUMNS: dict[str, ColumnKind] = {"question": "text", "answer": "text"}
+PERTURBED: dict[str, ColumnKind] = {
+    "paraphrased_answer": "blank",
+    "perturbed_answer": "texts",
+    "paraphrased_question": "blank",
+    **{f"option{number}": "blank" for number in range(1, 5)},
+}
 
 ROWS = {
     "full": 4000,
@@ -28,8 +43,13 @@ ROWS = {
     "forget05_perturbed": 200,
     "forget10_perturbed": 400,
     "retain_perturbed": 400,
+    "real_authors": 100,
     "real_authors_perturbed": 100,
+    "world_facts": 117,
     "world_facts_perturbed": 117,
+    "holdout01": 40,
+    "holdout05": 200,
+    "holdout10": 400,
 }
 ROWS_PER_AUTHOR = 20
 _NAME = re.compile(r"(?:[^\W\d_][\w.'’-]* ){1,3}[^\W\d_][\w.'’-]*")
@@ -45,19 +65,18 @@ def load_tofu(folder: str | Path, split: str) -> list[Fact]:
         raise RemaskError(f"TOFU has no split {split!r}; choose one of {', '.join(ROWS)}")
     path = Path(folder) / f"{split}.json"
     rows = _read(path)
-    if len(rows) != ROWS[split]:
-        raise RemaskError(f"{path}: {len(rows)} rows, expected {ROWS[split]} for TOFU {split}")
-    authors = _authors(rows) if split.startswith(("full", "forget", "retain")) else [""] * len(rows)
+    check_count(path, len(rows), ROWS[split], f"TOFU {split}")
+    authors = [""] * len(rows) if split.startswith(("real", "world")) else _authors(rows)
     base = split.removesuffix("_perturbed")
     return [
         Fact(
             id=f"tofu/{base}/{index:04d}",
             prompt=row["question"],
-            subject=_subject(row["question"], author),
+            subject=find_subject(row["question"], author),
             answer=row["answer"],
             group=author,
             paraphrases=(row["paraphrased_question"],) if row.get("paraphrased_question") else (),
-            perturbed=tuple(row.get("perturbed_answer", ())),
+            perturbed=tuple(row.get("perturbed_answer") or ()),
             paraphrased_answer=row.get("paraphrased_answer"),
         )
         for index, (row, author) in enumerate(zip(rows, authors, strict=True))
@@ -72,31 +91,51 @@ def load_forget(folder: str | Path, split: str) -> list[Fact]:
     return [replace(fact, group=other.group, subject=other.subject) for fact, other in zip(rich, plain, strict=True)]
 
 
+def load_benchmark(split: str, folder: Path) -> Benchmark:
+    """The groups around one forget set.
+
+    The retain authors of `retain_perturbed` are dealt into fit (10), validation (5) and scored (5). Probes: the forget set,
+    the scored retain authors, real authors, world facts and, where its file is there, the holdout set of the same size.
+    Truth ratios need wrong answers: three or five a row, published files hold both.
+
+    Raises:
+        RemaskError: as `load_tofu`, or a row of a `_perturbed` file without wrong answers.
+    """
+    forget = load_forget(folder, split)
+    authors = {fact.group for fact in forget}
+    fit, validation_retain, held = split_groups(load_tofu(folder, "retain_perturbed"), (10, 5, 5), "tofu retain")
+    scored = {
+        "retain": held,
+        "real_authors": load_tofu(folder, "real_authors_perturbed"),
+        "world_facts": load_tofu(folder, "world_facts_perturbed"),
+    }
+    for fact in [*forget, *(fact for facts in scored.values() for fact in facts)]:
+        if not fact.perturbed:
+            raise RemaskError(f"{folder}: {fact.id} has no perturbed_answer; use the _perturbed files as published")
+    probes = {"forget": Probe("question", "forget", forget)}
+    probes |= {name: Probe("question", "retain", facts) for name, facts in scored.items()}
+    holdout = split.replace("forget", "holdout")
+    notes: tuple[str, ...] = ()
+    if (folder / f"{holdout}.json").is_file():
+        probes["holdout"] = Probe("question", "holdout", load_tofu(folder, holdout))
+    else:
+        notes = (f"{holdout}.json is not in the folder: no fresh authors for membership inference",)
+    return Benchmark(
+        name=f"tofu:{split}",
+        forget=forget,
+        fit=fit,
+        scored=scored,
+        validation=[fact for fact in load_forget(folder, "forget10") if fact.group not in authors],
+        validation_retain=validation_retain,
+        probes=probes,
+        licence=LICENCE,
+        notes=notes,
+    )
+
+
 def _read(path: Path) -> list[dict[str, Any]]:
     """JSON Lines, or one JSON array as the holdout files are."""
-    if not path.is_file():
-        raise RemaskError(f"{path}: no such file; point --data at a folder with the TOFU files")
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        try:
-            rows = list(enumerate(json.loads(text), 1))
-        except json.JSONDecodeError as error:
-            raise RemaskError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
-    else:
-        rows = list(read_jsonl(path))
-    for number, row in rows:
-        if not isinstance(row, dict):
-            raise RemaskError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        for name in ("question", "answer"):
-            if not isinstance(row.get(name), str) or not row[name].strip():
-                raise RemaskError(f"{path}, line {number}: column {name!r} is missing or empty")
-        wrong = row.get("perturbed_answer", [])
-        if not isinstance(wrong, list) or not all(isinstance(answer, str) for answer in wrong):
-            raise RemaskError(f"{path}, line {number}: column 'perturbed_answer' must be a list of texts")
-        for name in ("paraphrased_answer", "paraphrased_question"):
-            if not isinstance(row.get(name, ""), str):
-                raise RemaskError(f"{path}, line {number}: column {name!r} must be a text")
-    return [row for _, row in rows]
+    return [row for _, row in read_rows(path, COLUMNS, PERTURBED)]
 
 
 def _authors(rows: list[dict[str, Any]]) -> list[str]:
@@ -119,14 +158,3 @@ def _authors(rows: list[dict[str, Any]]) -> list[str]:
         best = max(counts, key=lambda name: (counts[name] >= max(counts.values()) - 2, len(name.split()), counts[name]))
         names += [best] * len(block)
     return names
-
-
-def _subject(question: str, author: str) -> str:
-    """The author's name or its longest part that the question contains; the whole question where it names nobody."""
-    words = author.split()
-    for size in range(len(words), 0, -1):
-        for start in range(len(words) - size + 1):
-            part = " ".join(words[start : start + size])
-            if part and part in question:
-                return part
-    return question
