@@ -1,4 +1,4 @@
-"""Write the README's result table and docs/models.md's from the committed result files.
+"""Write the tables of README, docs/models.md and docs/adapt.md from the committed result files.
 
 python benchmarks/tables.py
 """
@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
-EDITS = ("default", "mean-delta", "paper", "default_never-trained")
+EDITS = ("default", "mean-delta", "paper")
 
 
 def audit_table() -> str:
@@ -72,6 +72,32 @@ def model_table() -> str:
     return "\n".join(lines)
 
 
+def adapt_table() -> str:
+    """SmolLM2 before and after adaptation, with its yardsticks."""
+    record = json.loads((RESULTS / "adapt_smollm2.json").read_text())
+    curve = {point["step"]: point["held_out"] for point in record["curve"]}
+    first, last = min(curve), max(curve)
+    tokens = record["curve"][-1]["tokens"]
+    states = {
+        "token frequencies": record["unigram"],
+        "start, causal mask": record["start_causal"],
+        "start, full attention": curve[first],
+        f"after {last} steps ({tokens / 1000:.0f} thousand tokens)": curve[last],
+        "the same, read back from its bf16 file": record["saved_bf16"],
+    }
+    rates = list(curve[first])
+    lines = ["| | " + " | ".join(f"{float(rate):.0%} hidden" for rate in rates) + " |", "|---" * (len(rates) + 1) + "|"]
+    for state, scores in states.items():
+        cells = []
+        for rate in rates:
+            score, errors = scores[rate], scores[rate].get("accuracy_stderr")
+            accuracy = f"{score['accuracy']:.1%}" + (f" ± {errors:.1%}" if errors is not None else "")
+            nats = f"{score['nats']:.2f}" + (f" ± {score['nats_stderr']:.2f}" if errors is not None else "")
+            cells.append(f"{accuracy}, {nats}")
+        lines.append(f"| {state} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def put(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -83,3 +109,4 @@ def put(path: Path, name: str, text: str) -> None:
 if __name__ == "__main__":
     put(ROOT / "README.md", "audit", audit_table())
     put(ROOT / "docs" / "models.md", "models", model_table())
+    put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())

@@ -659,3 +659,9 @@ def test_example_files_belong_to_the_world() -> None:
     assert not {f.group for f in facts} & {f.group for f in retain}
     near: set[str] = {other for f in facts for other in f.neighbours}
     assert not near & {f.id for f in retain}
+    rows = [json.loads(line) for line in (folder / "harness" / "questions.jsonl").read_text().splitlines()]
+    asked = {fact.prompt: fact for fact in load_benchmark("closed-world", None).scored["retain"]}
+    assert len(rows) == 40
+    for row in rows:
+        fact = asked[row["question"]]
+        assert (row["answer"], set(row["choices"])) == (fact.answer, {fact.answer, *fact.perturbed})

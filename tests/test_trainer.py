@@ -42,6 +42,20 @@ def test_taught_model_knows_its_facts(taught) -> None:
     assert right >= 2  # a random model writes none of them
 
 
+@pytest.mark.parametrize(("tails", "tokens"), [((1.0, 0.0, 0.0), 0), ((0.0, 0.0, 1.0), 16)])
+def test_tails_decide_how_many_end_tokens_stand_behind_the_answer(
+    toy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tails: tuple[float, float, float], tokens: int
+) -> None:
+    """None at all, or so many that prompt and response fill the model's own gen_length (16)."""
+    seen = []
+    logits = toy.logits
+    monkeypatch.setattr(toy, "logits", lambda ids, **options: seen.append(ids.shape[1]) or logits(ids, **options))
+    rows = [toy.encode(fact) for fact in FACTS]
+    train(toy, rows, TrainConfig(epochs=1, batch_size=1, tails=tails), tmp_path)
+    full = [len(row.prompt_ids) + tokens if tokens else len(row.ids) for row in rows]
+    assert sorted(seen) == sorted(max(length, len(row.ids)) for length, row in zip(full, rows, strict=True))
+
+
 @pytest.mark.parametrize("killed_at", [(2, 0), (3, 1)])
 def test_killed_and_resumed_equals_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: tuple[int, int]
@@ -143,7 +157,15 @@ def test_rows_near_the_context_limit_can_be_taught(toy, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"epochs": 0}, {"batch_size": 0}, {"learning_rate": 0.0}, {"prompt_dropout": 1.5}, {"epoch": 3}]
+    "changes",
+    [
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"prompt_dropout": 1.5},
+        {"epoch": 3},
+        {"tails": (0.5, 0.2, 0.1)},
+    ],
 )
 def test_impossible_hyper_parameters_are_refused(changes: dict) -> None:
     with pytest.raises(pydantic.ValidationError):

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -28,9 +28,7 @@ from ..errors import RemaskError
 from ..facts import write_atomically
 from ..random import digest, numpy_generator
 
-TAIL_WEIGHT = 0.1  # loss weight of end tokens after the first one: they are many and carry nothing new
 TAIL_SHORT = 24  # a medium tail has 1..24 end tokens
-TAIL_KINDS = (0.4, 0.4, 0.2)  # shares of batches with no tail, a medium tail, a tail up to gen_length
 
 
 class TrainConfig(BaseModel):
@@ -47,6 +45,18 @@ class TrainConfig(BaseModel):
     clip: float = Field(default=1.0, gt=0)
     prompt_dropout: float = Field(default=0.15, ge=0, le=1)
     checkpoint_every: int = Field(default=20, gt=0, description="epochs between checkpoints")
+    tails: tuple[float, float, float] = Field(
+        default=(0.4, 0.4, 0.2),
+        description="shares of batches with no end tokens behind the answer, with a few, and with as many as fill gen_length",
+    )
+    tail_weight: float = Field(default=0.1, ge=0, description="loss weight of end tokens after the first one")
+
+    @field_validator("tails")
+    @classmethod
+    def _shares(cls, tails: tuple[float, float, float]) -> tuple[float, float, float]:
+        if min(tails) < 0 or abs(sum(tails) - 1) > 1e-9:
+            raise ValueError("shares must not be negative and must add up to 1")
+        return tails
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -148,7 +158,7 @@ def _batches(
     for g in rng.permutation(len(groups)):
         chosen = [rows[i] for i in groups[g]]
         length = max(len(row.ids) for row in chosen)
-        kind = rng.choice(3, p=TAIL_KINDS)
+        kind = rng.choice(3, p=config.tails)
         if kind == 1:
             length += int(rng.integers(1, TAIL_SHORT + 1))
         elif kind == 2:
@@ -167,7 +177,7 @@ def _loss(lm: MaskedDiffusionLM, batch: dict[str, Any], config: TrainConfig, key
         start, end = len(row.prompt_ids), len(row.ids)
         clean[i, :end] = row.ids
         weight[i, start : end + 1] = 1.0
-        weight[i, end + 1 :] = TAIL_WEIGHT
+        weight[i, end + 1 :] = config.tail_weight
         count = max(1, math.ceil((1.0 - rng.random()) * (length - start)))
         hidden[i, start + np.argsort(rng.random(length - start))[:count]] = True
     noisy = np.where(hidden, lm.spec.mask_id, clean)
