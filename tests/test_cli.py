@@ -157,22 +157,23 @@ def test_inspect_says_what_a_checkpoint_does_not_tell(remask: Remask, name: str,
 
 
 def test_generate_from_token_ids_is_the_golden_run(remask: Remask) -> None:
-    case = json.loads((GOLDENS / "llada" / "sampler.json").read_text())["cases"][0]
+    case = json.loads((GOLDENS / "llada" / "sampler.json").read_text())["cases"][2]
+    args = case["args"]
+    assert args["block_length"] < args["gen_length"]
     prompt = " ".join(map(str, case["prompt_ids"][0]))
-    length = case["args"]["gen_length"]
-    words = (
+    words = [
         "--sampler",
         "llada",
         "--steps",
-        case["args"]["steps"],
+        args["steps"],
         "--length",
-        length,
-        "-L",
-        f"mask_id={case['args']['mask_id']}",
-    )
+        args["gen_length"],
+        "--block-length",
+        args["block_length"],
+    ]
     data = remask("generate", GOLDENS / "llada", "--ids", prompt, "--json", *words).data
-    assert data["sampler"]["steps"] == case["args"]["steps"]
-    assert data["rows"][0]["answer"] == " ".join(map(str, case["output_ids"][0][-length:]))
+    assert data["sampler"]["steps"] == args["steps"]
+    assert data["rows"][0]["answer"] == " ".join(map(str, case["output_ids"][0][-args["gen_length"] :]))
 
 
 @pytest.mark.parametrize(

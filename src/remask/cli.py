@@ -279,6 +279,7 @@ def generate(
         str | None, typer.Option(help="preset at its published settings; by default the model's, greedy")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; by default one token a step")] = None,
+    block_length: Annotated[int | None, typer.Option(help="masks denoised together; length must be a multiple")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 = greedy")] = None,
     cfg: Annotated[float, typer.Option(help="classifier-free guidance scale")] = 0.0,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
@@ -292,7 +293,7 @@ def generate(
     from .diffusion.sampler import generate as run
 
     lm = load(model, **_load_options(load_options))
-    given = {"temperature": temperature, "steps": steps, "gen_length": length}
+    given = {"temperature": temperature, "steps": steps, "gen_length": length, "block_length": block_length}
     changes = {"cfg_scale": cfg, "seed": seed} | {key: value for key, value in given.items() if value is not None}
     config = SamplerConfig.preset(sampler, **changes) if sampler else SamplerConfig.default(lm, **changes)
     prompts = [(text, lm.encode_prompt(text)) for text in prompt or []] + [(text, _token_ids(text)) for text in ids or []]

@@ -168,7 +168,7 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
     log: dict[str, Any] = taught[-1] | {key: sum(part[key] for part in taught) for key in ("epochs", "steps", "seconds")}
     log["losses"] = [loss for part in taught for loss in part["losses"]]
     log |= {"pretrain": logs["pretrain"]} if recipe.pretrain else {}
-    log |= {"recipe": recipe.model_dump(), "parameters": lm.num_parameters, "fingerprint": lm.fingerprint()}
+    log |= {"recipe": recipe.model_dump(mode="json"), "parameters": lm.num_parameters, "fingerprint": lm.fingerprint()}
     log["exact_match"] = {
         "taught": {name: _rate(lm, taught_rows(lm, split, recipe.data.source)) for name, split in splits.taught.items()},
         "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in splits.withheld.items()},
