@@ -13,7 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
-EDITS = ("default", "mean-delta", "paper")
+EDITS = ("default", "mean-delta", "paper", "default_never-trained")
 
 
 def audit_table() -> str:
