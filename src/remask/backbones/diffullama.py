@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from transformers import LlamaConfig
 
-from .family import Config, Family, require, rope_theta
+from .family import Config, Family, copied, require, rope_theta
 
 
 def native_config(config: Config) -> LlamaConfig:
@@ -26,17 +26,10 @@ def native_config(config: Config) -> LlamaConfig:
             "mlp_bias": (False, None),
         },
     )
+    defaults = {"num_key_value_heads": config["num_attention_heads"], "tie_word_embeddings": False}
     return LlamaConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
-        rms_norm_eps=config["rms_norm_eps"],
+        **copied(defaults | config, "intermediate_size"),
         rope_theta=rope_theta("DiffuLLaMA", config, default=10000.0),
-        max_position_embeddings=config["max_position_embeddings"],
-        tie_word_embeddings=config.get("tie_word_embeddings", False),
         hidden_act="silu",
     )
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from transformers import Qwen2Config
 
-from .family import Config, Family, require, rope_theta
+from .family import Config, Family, copied, require, rope_theta
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -23,16 +23,8 @@ def native_config(config: Config) -> Qwen2Config:
     """
     require("Dream", config, {"hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0})
     return Qwen2Config(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
-        rms_norm_eps=config["rms_norm_eps"],
+        **copied(config, "intermediate_size"),
         rope_theta=rope_theta("Dream", config),
-        max_position_embeddings=config["max_position_embeddings"],
-        tie_word_embeddings=config["tie_word_embeddings"],
         use_sliding_window=False,
         hidden_act="silu",
     )

@@ -111,6 +111,27 @@ def require(family: str, config: Config, values: Mapping[str, Any]) -> None:
             raise RemaskError(f"config.json: {name}={config[name]!r} is not supported for {family}; expected {value!r}")
 
 
+DECODER_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "max_position_embeddings",
+    "tie_word_embeddings",
+)
+
+
+def copied(config: Config, *more: str) -> dict[str, Any]:
+    """The fields that a decoder's config shares with transformers' own by name, and `more`.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    return {name: config[name] for name in (*DECODER_FIELDS, *more)}
+
+
 def rope_theta(family: str, config: Config, default: float | None = None) -> float:
     """Base of unscaled rotary positions, from `rope_theta` or from the `rope_parameters` that transformers 5 writes.
 

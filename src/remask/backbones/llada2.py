@@ -11,7 +11,7 @@ import re
 import torch
 from transformers import Glm4MoeConfig
 
-from .family import Config, Family, State, require
+from .family import Config, Family, State, copied, require
 
 _FUSED = re.compile(r"(model\.layers\.\d+\.)attention\.query_key_value\.weight")
 
@@ -39,32 +39,27 @@ def native_config(config: Config) -> Glm4MoeConfig:
         },
     )
     return Glm4MoeConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        moe_intermediate_size=config["moe_intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
+        **copied(
+            config,
+            "intermediate_size",
+            "moe_intermediate_size",
+            "head_dim",
+            "num_experts_per_tok",
+            "n_group",
+            "topk_group",
+            "routed_scaling_factor",
+            "first_k_dense_replace",
+        ),
         n_routed_experts=config["num_experts"],
         n_shared_experts=config["num_shared_experts"],
-        num_experts_per_tok=config["num_experts_per_tok"],
-        n_group=config["n_group"],
-        topk_group=config["topk_group"],
-        routed_scaling_factor=config["routed_scaling_factor"],
-        first_k_dense_replace=config["first_k_dense_replace"],
         norm_topk_prob=True,
         use_qk_norm=True,
         attention_bias=False,
-        rms_norm_eps=config["rms_norm_eps"],
         rope_parameters={
             "rope_type": "default",
             "rope_theta": float(config["rope_theta"]),
             "partial_rotary_factor": config["partial_rotary_factor"],
         },
-        max_position_embeddings=config["max_position_embeddings"],
-        tie_word_embeddings=config["tie_word_embeddings"],
         hidden_act="silu",
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from transformers import Qwen3MoeConfig
 
 from ..errors import RemaskError
-from .family import Config, Family, require
+from .family import Config, Family, copied, require
 
 
 def native_config(config: Config) -> Qwen3MoeConfig:
@@ -42,24 +42,15 @@ def native_config(config: Config) -> Qwen3MoeConfig:
             f"config.json: moe_layer_freq={frequency!r} is not supported for LLaDA-MoE; expected a list, one a layer"
         )
     return Qwen3MoeConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
+        **copied(config, "num_experts_per_tok", "num_experts"),
         intermediate_size=config["dense_intermediate_size"],
         moe_intermediate_size=config["expert_intermediate_size"],
-        num_experts=config["num_experts"],
-        num_experts_per_tok=config["num_experts_per_tok"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
         head_dim=config["hidden_size"] // config["num_attention_heads"],
         norm_topk_prob=False,  # hard-coded in the original, whatever its config says
         decoder_sparse_step=1,
         mlp_only_layers=[layer for layer, used in enumerate(frequency) if not used],
         attention_bias=False,
-        rms_norm_eps=config["rms_norm_eps"],
         rope_theta=config["rope_theta"],
-        max_position_embeddings=config["max_position_embeddings"],
-        tie_word_embeddings=config["tie_word_embeddings"],
         hidden_act="silu",
     )
 

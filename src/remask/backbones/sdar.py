@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import Qwen3Config
 
 from .dream import CHATML
-from .family import Config, Family, require, rope_theta
+from .family import Config, Family, copied, require, rope_theta
 
 
 def native_config(config: Config) -> Qwen3Config:
@@ -16,17 +16,8 @@ def native_config(config: Config) -> Qwen3Config:
     """
     require("SDAR", config, {"hidden_act": "silu", "use_sliding_window": False, "attention_bias": False})
     return Qwen3Config(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        num_key_value_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        rms_norm_eps=config["rms_norm_eps"],
+        **copied(config, "intermediate_size", "head_dim"),
         rope_theta=rope_theta("SDAR", config),
-        max_position_embeddings=config["max_position_embeddings"],
-        tie_word_embeddings=config["tie_word_embeddings"],
         use_sliding_window=False,
         hidden_act="silu",
     )
