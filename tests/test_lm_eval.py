@@ -103,6 +103,19 @@ def test_harness_scores_what_a_taught_model_knows(taught, tasks) -> None:
     assert config["generation"]["gen_length"] == taught.spec.gen_length
 
 
+def test_the_harness_own_command_runs_the_example_tasks(tmp_path) -> None:
+    """`lm_eval --model remask`: the examples bring the import that makes the name known."""
+    root = Path(__file__).parents[1]
+    words = ["--model", "remask", "--model_args", "pretrained=tiny,draws=4,replicates=1", "--device", "cpu", "--limit", "5"]
+    words += ["--tasks", "examples/harness/closed_world_choice.yaml", "--output_path", str(tmp_path / "out.json")]
+    done = subprocess.run([sys.executable, "-m", "lm_eval", *words], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    [written] = tmp_path.glob("out*.json")
+    results = json.loads(written.read_text())
+    assert results["results"]["closed_world_choice"]["acc,none"] == 1.0
+    assert results["config"]["likelihood"]["mask_bank"]["draws"] == 4
+
+
 def test_command_line_on_two_processes_gives_what_one_process_gives(tasks, tmp_path) -> None:
     """`--model remask` on the bundled model; splitting the rows over processes changes no sample."""
     names, arguments = ["local_choice", "local_write"], "pretrained=tiny,draws=4,replicates=1,gen_length=8"
