@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,14 @@ from remask.facts import Fact
 from remask.unlearning.trainer import TrainConfig, train
 
 GOLDENS = Path(__file__).parent / "goldens"
+GOLDEN_OPTIONS: dict[str, dict[str, Any]] = {  # what `load` is told beside the folder, for every golden family
+    "llada": {},
+    "mmada": {},
+    "dream": {},
+    "diffullama": {"family": "diffullama", "mask_id": 211},
+    "llada_moe": {"mask_id": 300},
+    "llada2": {"mask_id": 300, "attention_block": 8},
+}
 
 
 settings.register_profile(

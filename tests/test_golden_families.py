@@ -10,20 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import GOLDENS
+from conftest import GOLDEN_OPTIONS, GOLDENS
 from remask.backbones import MaskedDiffusionLM, Site, capture, load
 from remask.backbones.stacks import block_causal_mask
 from remask.errors import RemaskError
 
-OPTIONS: dict[str, dict] = {
-    "llada": {},
-    "mmada": {},
-    "dream": {},
-    "diffullama": {"family": "diffullama", "mask_id": 211},
-    "llada_moe": {"mask_id": 300},
-    "llada2": {"mask_id": 300, "attention_block": 8},
-}
-FAMILIES = list(OPTIONS)
+FAMILIES = list(GOLDEN_OPTIONS)
 FULL = [family for family in FAMILIES if family != "llada2"]  # full attention
 SHIFTED = ("dream", "diffullama")
 DENSE = {"llada": 3, "mmada": 3, "dream": 3, "diffullama": 3, "llada_moe": 0, "llada2": 1}  # leading dense layers
@@ -38,7 +30,9 @@ def model(family: str, attention: str = "sdpa", dtype: torch.dtype = torch.float
     """The golden checkpoint of a family (read-only, shared)."""
     key = (family, attention, dtype, *sorted(options.items()))
     if key not in _loaded:
-        _loaded[key] = load(GOLDENS / family, attn_implementation=attention, dtype=dtype, **{**OPTIONS[family], **options})
+        _loaded[key] = load(
+            GOLDENS / family, attn_implementation=attention, dtype=dtype, **{**GOLDEN_OPTIONS[family], **options}
+        )
     return _loaded[key]
 
 

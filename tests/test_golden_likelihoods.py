@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import GOLDENS
+from conftest import GOLDEN_OPTIONS, GOLDENS
 from remask.backbones import Encoded, MaskedDiffusionLM, load
 from remask.diffusion.likelihood import bernoulli, chain, elbo, elbo_exact, pll
 from remask.diffusion.masks import MaskBank
 from remask.errors import RemaskError
 
-FAMILIES = {
-    "llada": {},
-    "llada_moe": {"mask_id": 300},
-    "mmada": {},
-    "dream": {},
-    "diffullama": {"family": "diffullama", "mask_id": 211},
-    "llada2": {"mask_id": 300, "attention_block": 8},
-}
 CASES = {
     name: json.loads((GOLDENS / name / "likelihood.json").read_text())["cases"] for name in ("llada", "llada_moe", "dream")
 }
@@ -35,7 +27,7 @@ ROUNDING = 1e-3  # absolute: the originals sum in fp32, losses reach 400
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, MaskedDiffusionLM]:
-    return {name: load(GOLDENS / name, **options) for name, options in FAMILIES.items()}
+    return {name: load(GOLDENS / name, **options) for name, options in GOLDEN_OPTIONS.items()}
 
 
 def by_name(cases: list[dict]) -> list:
@@ -153,7 +145,7 @@ def slow_chain(lm: MaskedDiffusionLM, row: Encoded, order: tuple[int, ...], scal
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.5])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GOLDEN_OPTIONS)
 def test_exact_bound_is_the_mean_over_every_order(models, family: str, scale: float) -> None:
     lm = models[family]
     row = family_rows(lm)[1]
@@ -165,7 +157,7 @@ def test_exact_bound_is_the_mean_over_every_order(models, family: str, scale: fl
     assert np.std(slow) > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GOLDEN_OPTIONS)
 def test_batches_of_rows_and_budgets_change_nothing(models, family: str) -> None:
     lm, bank = models[family], MaskBank(draws=2, replicates=2)
     rows = family_rows(lm)
@@ -185,7 +177,7 @@ def test_batches_of_rows_and_budgets_change_nothing(models, family: str) -> None
     ("family", "side"),
     [
         (family, side)
-        for family, options in FAMILIES.items()
+        for family, options in GOLDEN_OPTIONS.items()
         for side in ("left", "right")
         if side == "right" or "attention_block" not in options  # padding on the left moves the borders of its blocks
     ],

@@ -10,23 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import GOLDENS
+from conftest import GOLDEN_OPTIONS, GOLDENS
 from remask.backbones import MaskedDiffusionLM, load
 from remask.diffusion import sampler
 from remask.diffusion.sampler import SamplerConfig, generate, infill
 from remask.errors import RemaskError
 
 Case = dict[str, Any]
-LOADING: dict[str, dict[str, Any]] = {
-    "llada": {},
-    "llada_moe": {"mask_id": 300},
-    "mmada": {},
-    "dream": {},
-    "diffullama": {"family": "diffullama", "mask_id": 211},
-    "llada2": {"mask_id": 300, "attention_block": 8},
-}
 PRESET = {"llada_moe": "llada"}
-STORED = {name: json.loads((GOLDENS / name / "sampler.json").read_text()) for name in LOADING}
+STORED = {name: json.loads((GOLDENS / name / "sampler.json").read_text()) for name in GOLDEN_OPTIONS}
 RENAMED = {"max_new_tokens": "gen_length", "diffusion_steps": "steps", "logits_temp": "temperature", "topp_temp": "top_p"}
 RENAMED |= {"alg_temp": "order_temperature"}
 CONFIDENCE = {"low_confidence": "probability", "maskgit_plus": "probability", "topk_margin": "margin", "entropy": "entropy"}
@@ -36,7 +28,7 @@ OTHER += ("torch_seed", "minimal_topk", "eos_early_stop")
 
 @cache
 def model(family: str) -> MaskedDiffusionLM:
-    return load(GOLDENS / family, **LOADING[family])
+    return load(GOLDENS / family, **GOLDEN_OPTIONS[family])
 
 
 def lm_of(family: str, case: Case) -> MaskedDiffusionLM:
@@ -143,7 +135,7 @@ def test_left_padded_batch_gives_the_ids_of_unpadded_rows(family: str, case: Cas
         assert result.response == expected[len(prompt) :]
 
 
-@pytest.mark.parametrize("family", LOADING)
+@pytest.mark.parametrize("family", GOLDEN_OPTIONS)
 def test_rows_of_any_length_give_what_each_gives_alone(family: str) -> None:
     """Prompts and responses of several lengths, sampled at the preset's own temperature, in every batch size."""
     cases = {len(case["prompt_ids"][0]): case for case in STORED[family]["cases"] if case.get("attention_mask") is None}

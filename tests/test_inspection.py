@@ -9,19 +9,17 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import remask.backbones.inspection as inspection
-from conftest import GOLDENS
+from conftest import GOLDEN_OPTIONS, GOLDENS
 from remask.backbones import MaskedDiffusionLM, load
 from remask.backbones.inspection import available_memory, count_parameters, inspect, job_memory
 from remask.backbones.loading import read_checkpoint
 from remask.diffusion.likelihood import target_logprobs
 from remask.errors import RemaskError
 
-OPTIONS = {"diffullama": {"family": "diffullama", "mask_id": 211}, "llada_moe": {"mask_id": 300}, "llada2": {"mask_id": 300}}
-
 
 @pytest.mark.parametrize("name", sorted(path.name for path in GOLDENS.iterdir()))
 def test_parameters_are_counted_without_weights(name: str) -> None:
-    options = OPTIONS.get(name, {})
+    options = GOLDEN_OPTIONS[name]
     assert count_parameters(read_checkpoint(GOLDENS / name, **options)) == load(GOLDENS / name, **options).num_parameters
 
 

@@ -15,21 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from conftest import GOLDENS, build_toy
+from conftest import GOLDEN_OPTIONS, GOLDENS, build_toy
 from remask.backbones import MaskedDiffusionLM, load, loading, registry, save_pretrained
 from remask.backbones.family import Family, rename
 from remask.errors import MissingOptionError, RemaskError
 from remask.facts import Fact
 
-OPTIONS: dict[str, dict] = {
-    "llada": {},
-    "mmada": {},
-    "dream": {},
-    "diffullama": {"family": "diffullama", "mask_id": 211},
-    "llada_moe": {"mask_id": 300},
-    "llada2": {"mask_id": 300, "attention_block": 8},
-}
-FAMILIES = list(OPTIONS)
+FAMILIES = list(GOLDEN_OPTIONS)
 IDS = load_file(GOLDENS / "llada" / "golden.safetensors")["input_ids"]  # every golden model has 320 tokens
 
 
@@ -317,14 +309,14 @@ def test_a_field_that_would_be_another_model_is_refused_by_name(tmp_path: Path, 
     config = OTHERS.get(family) or config_of(family)
     (tmp_path / "config.json").write_text(json.dumps({**config, field: value}))
     with pytest.raises(RemaskError, match=rf"config\.json: {field}={re.escape(repr(value))} is not supported for .*expected "):
-        load(tmp_path, **OPTIONS.get(family, {}))
+        load(tmp_path, **GOLDEN_OPTIONS.get(family, {}))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_refusable_field_may_be_absent(tmp_path: Path, family: str) -> None:
     """Configs of older versions lack fields that newer ones added (Llama's `mlp_bias`); the default is what is covered."""
     drop = {field for field in REFUSED[family] if field != "moe_layer_freq"}
-    assert load(write(tmp_path, family, drop=drop), **OPTIONS[family]).num_layers == 3
+    assert load(write(tmp_path, family, drop=drop), **GOLDEN_OPTIONS[family]).num_layers == 3
 
 
 SIZES = {
@@ -340,7 +332,7 @@ SIZES = {
 @pytest.mark.parametrize(("family", "field"), [(family, field) for family, names in SIZES.items() for field in names])
 def test_a_missing_size_is_refused_and_never_defaulted(tmp_path: Path, family: str, field: str) -> None:
     with pytest.raises(RemaskError, match=rf"config\.json: field '{field}' is missing"):
-        load(write(tmp_path, family, drop=[field]), **OPTIONS[family])
+        load(write(tmp_path, family, drop=[field]), **GOLDEN_OPTIONS[family])
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -385,21 +377,21 @@ def test_missing_key_is_refused_by_name(tmp_path: Path, family: str) -> None:
     original, native = KEYS[family]
     del tensors[original]
     with pytest.raises(RemaskError, match=rf"missing keys: .*{re.escape(native)}"):
-        load(write(tmp_path, family, tensors), **OPTIONS[family])
+        load(write(tmp_path, family, tensors), **GOLDEN_OPTIONS[family])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("key", ["model.layers.1.self_attn.rotary.weight", "model.layers.3.mlp.down_proj.weight", "extra"])
 def test_unexpected_key_is_refused_by_name(tmp_path: Path, family: str, key: str) -> None:
     with pytest.raises(RemaskError, match=rf"unexpected keys: .*{re.escape(key)}"):
-        load(write(tmp_path, family, {**tensors_of(family), key: torch.zeros(2)}), **OPTIONS[family])
+        load(write(tmp_path, family, {**tensors_of(family), key: torch.zeros(2)}), **GOLDEN_OPTIONS[family])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mismatched_key_is_refused_by_name(tmp_path: Path, family: str) -> None:
     original, native = KEYS[family]
     with pytest.raises(RemaskError, match=rf"mismatched keys: .*{re.escape(native)}"):
-        load(write(tmp_path, family, {**tensors_of(family), original: torch.zeros(3, 5)}), **OPTIONS[family])
+        load(write(tmp_path, family, {**tensors_of(family), original: torch.zeros(3, 5)}), **GOLDEN_OPTIONS[family])
 
 
 @pytest.mark.parametrize(
@@ -428,7 +420,7 @@ def test_a_weight_that_is_no_number_is_refused_by_name(tmp_path: Path, family: s
     original, native = KEYS[family]
     tensors[original].view(-1)[3] = value
     with pytest.raises(RemaskError, match=rf"weight '{re.escape(native)}' holds NaN or infinite values"):
-        load(write(tmp_path, family, tensors), **OPTIONS[family])
+        load(write(tmp_path, family, tensors), **GOLDEN_OPTIONS[family])
 
 
 # ------------------------------------------------------------------ files
@@ -449,7 +441,7 @@ def shard(folder: Path, family: str) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_shards_load_as_one_file(tmp_path: Path, family: str) -> None:
     """Experts and fused projections that are spread over shards too."""
-    lm, whole = load(shard(tmp_path, family), **OPTIONS[family]), load(GOLDENS / family, **OPTIONS[family])
+    lm, whole = load(shard(tmp_path, family), **GOLDEN_OPTIONS[family]), load(GOLDENS / family, **GOLDEN_OPTIONS[family])
     assert lm.fingerprint() == whole.fingerprint()
     assert torch.equal(lm.logits(IDS), whole.logits(IDS))
 
@@ -550,7 +542,7 @@ def test_spec_fields_override_the_checkpoint() -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_longer_than_the_context_is_refused(family: str) -> None:
-    lm = load(GOLDENS / family, max_length=16, **OPTIONS[family])
+    lm = load(GOLDENS / family, max_length=16, **GOLDEN_OPTIONS[family])
     assert lm.logits(IDS[:1, :16]).shape == (1, 16, 320)
     for run in (
         lm.logits,
@@ -630,7 +622,7 @@ def test_a_folder_of_that_name_goes_before_the_hub(monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------ saving
 @pytest.mark.parametrize("family", FAMILIES)
 def test_native_layout_round_trip(tmp_path: Path, family: str) -> None:
-    lm = load(GOLDENS / family, gen_length=24, answer_prefix=" ", **OPTIONS[family])
+    lm = load(GOLDENS / family, gen_length=24, answer_prefix=" ", **GOLDEN_OPTIONS[family])
     save_pretrained(lm, tmp_path, torch.float32)
     again = load(tmp_path)
     assert again.spec == dataclasses.replace(lm.spec, family="remask")
@@ -652,7 +644,7 @@ def test_native_layout_keeps_a_context_shorter_than_the_config_says(tmp_path: Pa
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_original_layout_is_the_checkpoint_bit_for_bit(tmp_path: Path, family: str) -> None:
-    lm = load(GOLDENS / family, **OPTIONS[family])
+    lm = load(GOLDENS / family, **GOLDEN_OPTIONS[family])
     save_pretrained(lm, tmp_path, torch.float32, original=True)
     before, after = tensors_of(family), load_file(tmp_path / "model.safetensors")
     assert set(after) == set(before)
@@ -663,12 +655,12 @@ def test_original_layout_is_the_checkpoint_bit_for_bit(tmp_path: Path, family: s
     assert {config.pop("torch_dtype", None), config.pop("dtype", None)} <= {None, "bfloat16"}
     assert {saved.pop("torch_dtype", None), saved.pop("dtype", None)} == {None, "float32"}
     assert saved == config
-    assert load(tmp_path, **OPTIONS[family]).fingerprint() == lm.fingerprint()
+    assert load(tmp_path, **GOLDEN_OPTIONS[family]).fingerprint() == lm.fingerprint()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_original_layout_in_bf16_is_the_rounded_checkpoint(tmp_path: Path, family: str) -> None:
-    save_pretrained(load(GOLDENS / family, **OPTIONS[family]), tmp_path, original=True)
+    save_pretrained(load(GOLDENS / family, **GOLDEN_OPTIONS[family]), tmp_path, original=True)
     after = load_file(tmp_path / "model.safetensors")
     for key, value in tensors_of(family).items():
         assert torch.equal(after[key], value.bfloat16()), key
@@ -753,7 +745,7 @@ EDITS = {
 @pytest.mark.parametrize("case", EDITS)
 def test_an_edit_lands_in_exactly_one_place_of_the_original_layout(tmp_path: Path, case: str) -> None:
     family, native, at, original, there = EDITS[case]
-    lm = load(GOLDENS / family, **OPTIONS[family])
+    lm = load(GOLDENS / family, **GOLDEN_OPTIONS[family])
     before = tensors_of(family)
     lm.model.get_parameter(native)[at] += 1.0
     before[original][there] += 1.0
@@ -969,7 +961,7 @@ def test_chat_needs_a_tokenizer_and_a_template() -> None:
     with pytest.raises(RemaskError, match=r"llada was loaded without a tokenizer; a chat template needs one"):
         load(GOLDENS / "llada", chat=True)
     with pytest.raises(RemaskError, match=r"diffullama has no chat template; load it without chat"):
-        load(GOLDENS / "diffullama", chat=True, **OPTIONS["diffullama"])
+        load(GOLDENS / "diffullama", chat=True, **GOLDEN_OPTIONS["diffullama"])
 
 
 @pytest.mark.parametrize("chat", [False, True])
@@ -991,7 +983,7 @@ def ordinary_mask(tmp_path: Path) -> MaskedDiffusionLM:
     folder = write(tmp_path, "diffullama")
     tokenizer = byte_tokenizer({"<s>": 1, "</s>": 2}, words={"sep": 211}, bos_token="<s>", eos_token="</s>")
     tokenizer.save_pretrained(folder)
-    return load(folder, **OPTIONS["diffullama"])
+    return load(folder, **GOLDEN_OPTIONS["diffullama"])
 
 
 def test_ordinary_mask_token_in_a_text_is_refused(ordinary_mask: MaskedDiffusionLM) -> None:
@@ -1015,7 +1007,7 @@ def test_start_token_of_the_template_must_exist(tmp_path: Path) -> None:
     folder = write(tmp_path, "diffullama")
     byte_tokenizer({"</s>": 2}, eos_token="</s>").save_pretrained(folder)
     with pytest.raises(RemaskError, match=r"the tokenizer does not know '<s>', which its template uses"):
-        load(folder, **OPTIONS["diffullama"])
+        load(folder, **GOLDEN_OPTIONS["diffullama"])
 
 
 def dream_files(folder: Path) -> Path:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import RemaskError
 from .family import Config
-from .loading import check_attention, locate, quiet, read_config, read_tokenizer
+from .loading import check_attention, check_keys, locate, quiet, read_config, read_tokenizer
 from .model import BackboneSpec, MaskedDiffusionLM
 from .native import FAMILY
 from .registry import recognise
@@ -60,9 +60,7 @@ def adapt_model(
             model, info = native.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, ValueError, KeyError) as error:
         raise RemaskError(f"{folder}: transformers cannot load this checkpoint ({str(error).splitlines()[0]})") from None
-    for kind in ("missing_keys", "mismatched_keys"):
-        if info[kind]:
-            raise RemaskError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+    check_keys(folder, info, ("missing_keys", "mismatched_keys"))
     return from_causal(model.to(device), tokenizer, mask_token, name=folder.name, **spec)
 
 

@@ -12,6 +12,7 @@ import torch
 from transformers import Glm4MoeConfig
 
 from .family import Config, Family, State, copied, require
+from .llada_moe import CHAT, SPECIAL
 
 _FUSED = re.compile(r"(model\.layers\.\d+\.)attention\.query_key_value\.weight")
 
@@ -108,11 +109,8 @@ FAMILY = Family(
     block=lambda config: 32,
     mask_token="<|mask|>",
     mask_id=156895,
-    special_tokens=("<role>", "</role>", "<|role_end|>"),
-    chat_template=(
-        "{% for message in messages %}<role>{{ 'HUMAN' if message.role == 'user' else message.role | upper }}</role>"
-        "{{ message.content }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
-    ),
+    special_tokens=SPECIAL,
+    chat_template=CHAT,
     sampler="llada2",
     verified="goldens",
     note="block-causal attention (block 32); flash attention cannot express it; LLaDA2.1 masks differently and is not covered",

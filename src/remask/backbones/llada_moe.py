@@ -11,6 +11,12 @@ from transformers import Qwen3MoeConfig
 from ..errors import RemaskError
 from .family import Config, Family, copied, require
 
+SPECIAL = ("<role>", "</role>", "<|role_end|>")
+CHAT = (
+    "{% for message in messages %}<role>{{ 'HUMAN' if message.role == 'user' else message.role | upper }}</role>"
+    "{{ message.content }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
+)
+
 
 def native_config(config: Config) -> Qwen3MoeConfig:
     """The equivalent Qwen3Moe config.
@@ -64,11 +70,8 @@ FAMILY = Family(
     matches=lambda config: "num_experts" in config,
     mask_token="<|mask|>",
     mask_id=156895,
-    special_tokens=("<role>", "</role>", "<|role_end|>"),
-    chat_template=(
-        "{% for message in messages %}<role>{{ 'HUMAN' if message.role == 'user' else message.role | upper }}</role>"
-        "{{ message.content }}<|role_end|>{% endfor %}{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
-    ),
+    special_tokens=SPECIAL,
+    chat_template=CHAT,
     verified="goldens",
     note="experts are fused tensors: edit block, attention or expert-mixture outputs",
 )

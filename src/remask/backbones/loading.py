@@ -145,9 +145,7 @@ def load(
         raise
     except RuntimeError:  # its report is silenced; on well-formed files only fusing experts fails
         raise RemaskError(f"{folder}: the experts' weights cannot be fused; some are missing or of another shape") from None
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        if info[kind]:
-            raise RemaskError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
+    check_keys(folder, info, ("missing_keys", "unexpected_keys", "mismatched_keys"))
     lm = MaskedDiffusionLM(
         model=model if device_map is not None else model.to(device),
         tokenizer=found.tokenizer,
@@ -161,6 +159,13 @@ def load(
         lm.spec = replace(lm.spec, template=_chat_as_template(lm))
     check_attention(lm)
     return lm
+
+
+def check_keys(folder: Path, info: dict[str, Any], kinds: tuple[str, ...]) -> None:
+    """Raise RemaskError where transformers' loading info lists keys of one of these kinds."""
+    for kind in kinds:
+        if info[kind]:
+            raise RemaskError(f"{folder}: {kind.replace('_', ' ')}: {sorted(map(str, info[kind]))[:3]}")
 
 
 def check_attention(lm: MaskedDiffusionLM) -> None:
