@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/models.md and docs/adapt.md from the committed result files.
+"""Write the tables of README, docs/attacks.md, docs/models.md and docs/adapt.md from the committed result files.
 
 python benchmarks/tables.py
 """
@@ -13,6 +13,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
+LOGPROB = "answer log-probability"
 EDITS = ("default", "mean-delta", "paper", "default_never-trained")
 
 
@@ -26,27 +27,47 @@ def audit_table() -> str:
     for edit in EDITS:
         result = json.loads((RESULTS / f"tofu_forget01_{edit}.json").read_text())
         summary, name = result["summary"], edit.replace("_", ", ")
-        for line in summary["groups"]:
-            lines.append(_line(name, line))
+        lines += [_line(name, line) for line in result["groups"] if LOGPROB in line["metrics"]]
         selectivity, closed = summary["selectivity"]["after"], summary["gap_closed"]
-        alphas = ", ".join(f"{alpha:.2f}" for alpha in summary["alpha"])
+        alphas = ", ".join(f"{seed['alpha']:.2f}" for seed in result["edit"]["seeds"])
+        utility, quality = summary["model_utility"], summary["forget_quality"]["after"]
         notes.append(
             f"- **{name}**: gap to the never-trained level closed {', '.join(f'{v:.0%}' for v in closed)}; selectivity "
             f"{selectivity['mean']:.1f} [{selectivity['low']:.1f}, {selectivity['high']:.1f}] nats forgotten for each "
-            f"nat that a retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); alpha {alphas}."
+            f"nat that a retain row changed (seeds: {', '.join(f'{v:.1f}' for v in selectivity['seeds'])}); model utility "
+            f"{utility['before']:.3f} → {utility['after']:.3f} (never trained {utility['never trained']:.3f}); forget quality "
+            f"p = {quality['pvalue']:.2g} (n = {quality['n']}); alpha {alphas}."
         )
     return "\n".join([*lines, "", *notes])
 
 
 def _line(edit: str, line: dict[str, Any]) -> str:
-    change = line["after"]["change"]
-    cells = [edit, f"{line['group']} ({line['n']})"]
-    cells += [f"{line[state]['logprob']['mean']:.1f}" for state in ("before", "after")]
+    score = line["metrics"][LOGPROB]
+    states, change = score["states"], score["change"]["after"]
+    cells = [edit, f"{line['group']} ({line['n']})", *(f"{states[state]['mean']:.1f}" for state in ("before", "after"))]
     cells.append(f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]")
-    cells += [f"{line[state]['logprob']['mean']:.1f}" for state in ("never trained", "prompt masked")]
-    for metric in ("exact", "rouge", "junk"):
-        cells.append(f"{line['before'][metric]['mean']:.2f} → {line['after'][metric]['mean']:.2f}")
+    cells += [f"{states[state]['mean']:.1f}" for state in ("never trained", "prompt masked")]
+    for metric in ("exact match", "ROUGE-L recall", "junk rate"):
+        before, after = (line["metrics"][metric]["states"][state]["mean"] for state in ("before", "after"))
+        cells.append(f"{before:.2f} → {after:.2f}")
     return "| " + " | ".join(cells) + " |"
+
+
+def attack_table() -> str:
+    """What attacks regain of what the default edit forgot."""
+    result = json.loads((RESULTS / "tofu_forget01_default.json").read_text())
+    lines = ["| attack | rows | read off | before | after | never trained | regained [95 %] |", "|---|---|---|---|---|---|---|"]
+    for line in result["attacks"]:
+        digits = 1 if line["measure"] == LOGPROB else 2
+        levels = [f"{line[key]:.{digits}f}" for key in ("before", "after", "never")]
+        gained = (
+            f"{line['regained']:.0f} % [{line['low']:.0f}, {line['high']:.0f}]"
+            if line["regained"] is not None
+            else line["note"]
+        )
+        read = "nats a row" if line["measure"] == LOGPROB else "share of the text"
+        lines.append("| " + " | ".join([line["attack"], str(line["n"]), read, *levels, gained]) + " |")
+    return "\n".join(lines)
 
 
 def model_table() -> str:
@@ -108,5 +129,6 @@ def put(path: Path, name: str, text: str) -> None:
 
 if __name__ == "__main__":
     put(ROOT / "README.md", "audit", audit_table())
+    put(ROOT / "docs" / "attacks.md", "attacks", attack_table())
     put(ROOT / "docs" / "models.md", "models", model_table())
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())

@@ -28,7 +28,7 @@ from remask.editing.memory import EditMemory, preset
 from remask.editing.steering import mean_delta
 from remask.evaluation.benchmarks.registry import load_benchmark, split_groups
 
-MUS = (1.0, 3.0, 30.0, 100.0)
+MUS = (1.0, 3.0, 30.0, 100.0, 300.0)
 FIRST_MU = 10.0
 STRANGERS = ("Ada Crane", "Greta Nash", "Kaya Frost", "Xenia Penrose")  # nobody was taught them; in the world's fit set
 BANK = MaskBank(draws=4, replicates=1, seed=3_000_003)

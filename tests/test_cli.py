@@ -26,6 +26,7 @@ from remask.diffusion.masks import MaskBank
 from remask.editing import EditMemory, MemoryConfig
 from remask.evaluation.benchmarks.registry import load_benchmark
 from remask.evaluation.generation import answers
+from remask.evaluation.records import read_records
 from remask.facts import load_facts, save_facts
 from test_tofu import DATA, real
 
@@ -326,47 +327,46 @@ def small_world(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("small_world")
 def test_audit_writes_every_row(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
-    """Also against the bundled twin."""
-    out = tmp_path / "deep" / "results.json"
-    result = remask("audit", "tiny", "--benchmark", "closed-world", "--seeds", 2, "--out", out, "--json")
+    """Also against the bundled twin, and compared with itself."""
+    out = tmp_path / "deep" / "audit"
+    words = ["audit", "tiny", "--benchmark", "closed-world", "--seeds", 2, "--precision", "fp32", "-o", out]
+    result = remask(*words, "--json")
     assert result.code == 0, result.err
-    data = json.loads(out.read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in results.json"))
-    assert (data["benchmark"], data["edit"], data["seeds"], len(data["runs"])) == ("closed-world", "default", 2, 2)
+    data = json.loads((out / "results.json").read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in results"))
+    assert data == result.data
+    assert data["benchmark"]["rows"] == {"forget": 4, "paraphrase": 2, "retain": 6}
     assert data["command"].startswith("remask audit tiny --benchmark closed-world")
+    assert data["reference"]["name"] == "tiny-reference"
+    records = read_records(out / "records.jsonl")
     states = ["before", "after", "never trained", "prompt masked", "mean-delta"]
-    for run in data["runs"]:
-        assert run["model"]["fingerprint"] == tiny.fingerprint()
-        assert run["reference"]["name"] == "tiny-reference"
-        assert len(run["rows"]) == len(states) * (4 + 2 + 6)
-        assert {row["state"] for row in run["rows"]} == set(states)
-    banks = [run["estimator"]["bank"] for run in data["runs"]]
-    assert banks[0] != banks[1]
-    summary = result.data["summary"]
-    assert "runs" not in result.data
-    assert summary == data["summary"]
-    assert [line["group"] for line in summary["groups"]] == ["forget", "paraphrase", "retain"]
-    forget = summary["groups"][0]
-    for state in ("before", "after"):
-        means = [table["table"][0][state]["logprob"]["mean"] for table in data["runs"]]
-        assert forget[state]["logprob"]["mean"] == pytest.approx(sum(means) / 2)
-        assert forget[state]["logprob"]["low"] <= min(means) <= max(means) <= forget[state]["logprob"]["high"]
+    scored = [r for r in records if r.metric == "answer log-probability" and not r.attack]
+    assert len(scored) == 2 * len(states) * (4 + 2 + 6)
+    assert {r.source.model for r in scored if r.state == "before"} == {tiny.fingerprint()}
+    assert {r.source.seed for r in scored} == {0, 1}
+    forget = data["groups"][0]["metrics"]["answer log-probability"]["states"]
     # calibrated to the higher of two levels, on another bank
-    level = max(forget[state]["logprob"]["mean"] for state in ("never trained", "prompt masked"))
-    start, reached = forget["before"]["logprob"]["mean"], forget["after"]["logprob"]["mean"]
+    level = max(forget[state]["mean"] for state in ("never trained", "prompt masked"))
+    start, reached = forget["before"]["mean"], forget["after"]["mean"]
     assert 0.7 <= (start - reached) / (start - level) <= 1.3
-    assert summary["groups"][2]["before"]["exact"]["mean"] > 0.8
+    assert data["groups"][2]["metrics"]["exact match"]["states"]["before"]["mean"] > 0.8
+    same = remask("audit", "diff", out, out)
+    assert same.code == 0, same.err
+    assert "+0.000" in same.out
 
 
 @pytest.mark.usefixtures("small_world")
 def test_audit_without_an_edit_changes_nothing(remask: Remask, tmp_path: Path) -> None:
-    result = remask("audit", "tiny", "--benchmark", "closed-world", "--edit", "none", "--out", tmp_path / "r.json")
+    words = ["audit", "run", "tiny", "--benchmark", "closed-world", "--edit", "none", "--no-attacks", "-o", tmp_path]
+    result = remask(*words)
     assert result.code == 0, result.err
-    summary = json.loads((tmp_path / "r.json").read_text("utf-8"))["summary"]
-    for line in summary["groups"]:
-        assert line["after"]["change"]["mean"] == line["after"]["change"]["low"] == line["after"]["change"]["high"] == 0.0
+    data = json.loads((tmp_path / "results.json").read_text("utf-8"))
+    assert data["attacks"] == []
+    for line in data["groups"]:
+        score = line["metrics"]["answer log-probability"]
+        assert {score["change"]["after"][key] for key in ("mean", "low", "high")} == {0.0}
         # The table names its groups and shows its numbers in full, in a pipe too.
         assert line["group"] in result.out
-        assert f"{line['before']['logprob']['mean']:.2f}" in result.out
+        assert f"{score['states']['before']['mean']:.2f}" in result.out
 
 
 # ------------------------------------------------------------------ bad input
@@ -523,7 +523,7 @@ def test_edit_of_another_model_is_refused_with_both_fingerprints(
 def test_audit_of_another_models_memory_is_refused(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
     toy = build_toy()
     EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
-    out = tmp_path / "results.json"
+    out = tmp_path / "audit"
     result = remask("audit", "tiny", "--benchmark", "closed-world", "--edit", tmp_path / "toy.safetensors", "--out", out)
     assert (result.code, out.exists()) == (2, False)
     assert tiny.fingerprint() in result.lines[-1]
@@ -542,13 +542,13 @@ def test_file_that_is_no_memory_is_refused(remask: Remask, tmp_path: Path, data:
 
 @pytest.mark.parametrize("benchmark", ["rwku", "tofu", "tofu:forget02"])
 def test_unknown_benchmark_is_refused(remask: Remask, tmp_path: Path, benchmark: str) -> None:
-    result = remask("audit", "tiny", "--benchmark", benchmark, "--data", tmp_path, "--out", tmp_path / "r.json")
+    result = remask("audit", "tiny", "--benchmark", benchmark, "--data", tmp_path, "--out", tmp_path / "audit")
     assert_refused(result, f"'{benchmark}'", "tofu:forget01")
     assert snapshot(tmp_path) == {}
 
 
 def test_tofu_without_data_is_refused(remask: Remask, tmp_path: Path) -> None:
-    out = tmp_path / "out" / "r.json"
+    out = tmp_path / "out" / "audit"
     assert_refused(remask("audit", "tiny", "--benchmark", "tofu:forget01", "--out", out), "tofu:forget01", "--data")
     assert_refused(
         remask("audit", "tiny", "--benchmark", "tofu:forget01", "--data", tmp_path, "--out", out),
@@ -558,20 +558,23 @@ def test_tofu_without_data_is_refused(remask: Remask, tmp_path: Path) -> None:
 
 
 @real
-def test_tofu_row_longer_than_the_model_is_refused_by_name(remask: Remask, tmp_path: Path) -> None:
+def test_tofu_rows_longer_than_the_model_are_named_and_left_out(remask: Remask, tmp_path: Path) -> None:
     """`tiny` has a context of 128 tokens; some TOFU answers need more in its tokenizer."""
-    out = tmp_path / "r.json"
-    result = remask("audit", "tiny", "--benchmark", "tofu:forget01", "--data", DATA, "--edit", "none", "--out", out)
-    assert (result.code, out.exists()) == (2, False)
-    assert "tofu/" in result.lines[-1]
-    assert "128" in result.lines[-1]
+    words = ["audit", "tiny", "--benchmark", "tofu:forget01", "--data", DATA, "--no-attacks", "-o", tmp_path, "--json"]
+    result = remask(*words)
+    assert result.code == 0, result.err
+    benchmark = result.data["benchmark"]
+    for group, total in (("forget", 40), ("retain", 100), ("real_authors", 100), ("world_facts", 117)):
+        assert benchmark["rows"][group] + len(benchmark["too_long"].get(group, [])) == total
+    assert benchmark["too_long"]["forget"][0].startswith("tofu/forget01/")
+    assert "nothing to forget" in result.data["edit"]["note"]  # `tiny` was never taught TOFU
 
 
 @pytest.mark.parametrize("alpha", ["strong", "", "1,5", "nan", "inf", "-inf"])
 def test_junk_alpha_is_refused(remask: Remask, files: Path, tmp_path: Path, alpha: str) -> None:
     words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", tmp_path / "m.safetensors", "--preset", "paper"]
     assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
-    words = ["audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "r.json"]
+    words = ["audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "audit"]
     assert_refused(remask(*words, f"--alpha={alpha}"), "--alpha", repr(alpha))
     assert snapshot(tmp_path) == {}
 
@@ -583,11 +586,13 @@ def test_junk_alpha_is_refused(remask: Remask, files: Path, tmp_path: Path, alph
         (["--reference", "tinny"], "'tinny'"),
         (["--layer", "17"], "layer 17"),
         (["--seeds", "0"], "seeds"),
+        (["--precision", "fp8"], "--precision 'fp8'"),
+        (["--steps", "0"], "steps 0"),
     ],
 )
 @pytest.mark.usefixtures("small_world")
 def test_bad_audit_options_are_refused(remask: Remask, tmp_path: Path, words: list[str], named: str) -> None:
-    result = remask("audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "r.json", *words)
+    result = remask("audit", "tiny", "--benchmark", "closed-world", "--out", tmp_path / "audit", *words)
     assert result.code == 2
     assert named in " ".join(result.lines)
     assert "Traceback" not in result.err

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from remask.assets.world import world
-from remask.evaluation.audit import Audit
+from remask.evaluation.records import read_records
+from remask.evaluation.summary import LOGPROB, Scores
 from remask.experiments.demo import run_demo
 
 STATES = ["before", "after", "never trained", "prompt masked", "mean-delta"]
@@ -51,7 +52,7 @@ class Tables(HTMLParser):
 
 
 class Demo(NamedTuple):
-    audit: Audit
+    scores: Scores
     page: str
     tables: Tables
     results: dict[str, Any]
@@ -63,18 +64,24 @@ class Demo(NamedTuple):
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     out = tmp_path_factory.mktemp("demo") / "report"
     stream = io.StringIO()
-    audit = run_demo(out, Console(file=stream, width=220))
+    scores = run_demo(out, Console(file=stream, width=220))
     page = (out / "index.html").read_text("utf-8")
     tables = Tables()
     tables.feed(page)
     results = json.loads(
         (out / "results.json").read_text("utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in results.json")
     )
-    return Demo(audit, page, tables, results, stream.getvalue(), out)
+    return Demo(scores, page, tables, results, stream.getvalue(), out)
 
 
 def test_only_the_report_is_written(demo: Demo) -> None:
-    assert sorted(path.name for path in demo.out.iterdir()) == ["heatmap.png", "index.html", "levels.png", "results.json"]
+    assert sorted(path.name for path in demo.out.iterdir()) == [
+        "heatmap.png",
+        "index.html",
+        "levels.png",
+        "records.jsonl",
+        "results.json",
+    ]
     assert str(demo.out / "index.html") in demo.printed.replace("\n", "")
 
 
@@ -120,14 +127,14 @@ def test_neighbours_and_strangers_answer_as_before(demo: Demo) -> None:
 
 
 def test_forget_set_is_forgotten_and_the_rest_is_not(demo: Demo) -> None:
-    lines = {line["group"]: line for line in demo.results["table"]}
-    forget = lines["forget"]
-    assert forget["after"]["logprob"]["mean"] < forget["prompt masked"]["logprob"]["mean"]
-    assert forget["after"]["logprob"]["mean"] > forget["never trained"]["logprob"]["mean"]
-    assert lines["forget"]["before"]["exact"]["mean"] >= 0.9
-    assert lines["forget"]["after"]["exact"]["mean"] <= 0.2
-    assert lines["forget"]["after"]["change"]["high"] < 0
-    assert lines["retain"]["after"]["exact"]["mean"] >= lines["retain"]["before"]["exact"]["mean"] - 0.1
+    lines = {line["group"]: line["metrics"] for line in demo.results["groups"]}
+    levels = {state: entry["mean"] for state, entry in lines["forget"][LOGPROB]["states"].items()}
+    assert levels["never trained"] < levels["after"] < levels["prompt masked"]
+    assert lines["forget"][LOGPROB]["change"]["after"]["high"] < 0
+    exact = {group: {state: e["mean"] for state, e in lines[group]["exact match"]["states"].items()} for group in lines}
+    assert exact["forget"]["before"] >= 0.9
+    assert exact["forget"]["after"] <= 0.2
+    assert exact["retain"]["after"] >= exact["retain"]["before"] - 0.2
 
 
 def test_memory_is_more_selective_than_its_control(demo: Demo) -> None:
@@ -135,17 +142,18 @@ def test_memory_is_more_selective_than_its_control(demo: Demo) -> None:
     assert selectivity["after"]["low"] > selectivity["mean-delta"]["mean"]
 
 
-def test_results_hold_every_row_of_every_state(demo: Demo) -> None:
-    counts = Counter((row["state"], row["group"], row["id"]) for row in demo.results["rows"])
+def test_records_hold_every_row_of_every_state(demo: Demo) -> None:
+    records = read_records(demo.out / "records.jsonl")
+    assert [record.to_json() for record in records] == [record.to_json() for record in demo.scores.records]
+    counts = Counter((r.state, r.group, r.id) for r in records if r.metric == LOGPROB)
     assert set(counts.values()) == {1}
-    groups = {line["group"]: line["n"] for line in demo.results["table"]}
+    groups = {line["group"]: line["n"] for line in demo.results["groups"]}
     assert {"forget", "paraphrase", "neighbours", "retain"} <= set(groups)
     assert Counter((state, group) for state, group, _ in counts) == {(s, g): n for s in STATES for g, n in groups.items()}
     known = {fact.id for fact in FACTS}
     assert all(name.removesuffix("/paraphrase") in known for _, _, name in counts)
-    for row in demo.results["rows"]:
-        assert (row["output"] is not None) == (row["state"] in ("before", "after", "never trained"))
-    for line in demo.results["table"]:  # and the page shows the table
+    assert {r.state for r in records if r.metric == "output"} == {"before", "after", "never trained"}
+    for line in demo.results["groups"]:  # and the page shows the table
         assert any(row and row[0] == line["group"] and row[1] == str(line["n"]) for row in demo.tables.rows)
 
 

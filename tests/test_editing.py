@@ -18,6 +18,7 @@ from remask.diffusion.sampler import SamplerConfig, generate
 from remask.editing import EditMemory, MemoryConfig, SteeringVector, anchor_level, calibrate, mean_delta, preset
 from remask.editing.calibrate import mean_logprob
 from remask.errors import RemaskError
+from remask.experiments.edits import load_edit
 from remask.facts import Fact
 
 SITE = Site(1)
@@ -261,6 +262,40 @@ def test_broken_edit_files_are_refused_by_name(toy, facts, tmp_path: Path) -> No
             EditMemory.load(path)
 
 
+def test_steering_file_round_trip(toy, facts, rows, tmp_path: Path) -> None:
+    vector = mean_delta(EditMemory.build(toy, facts[:2], Site(1), config=MemoryConfig(mu=0.0), alpha=2.0))
+    vector.save(tmp_path / "v.safetensors")
+    again = load_edit(tmp_path / "v.safetensors")
+    assert isinstance(again, SteeringVector)
+    assert again.fingerprint() == vector.fingerprint()
+    ids = torch.tensor([rows[0].ids])
+    results = []
+    for edit in (vector, again):
+        with edit.attached(toy):
+            results.append(toy.logits(ids))
+    assert torch.equal(*results)
+    with pytest.raises(RemaskError, match="was built on model"):
+        again.attach(build_toy(seed=3))
+    with pytest.raises(RemaskError, match="holds a steering vector, not an edit memory"):
+        EditMemory.load(tmp_path / "v.safetensors")
+    with pytest.raises(RemaskError, match="no such edit file"):
+        load_edit(tmp_path / "none.safetensors")
+
+
+def test_shift_is_computed_in_fp32_under_autocast(toy, facts, rows) -> None:
+    """The hook sees what autocast hands it, and adds the shift that it would add without autocast."""
+    memory = EditMemory.build(toy, facts[:2], Site(1), config=MemoryConfig(mu=0.0), alpha=2.0)
+    ids = torch.tensor([rows[0].ids])
+    with torch.autocast("cpu", torch.bfloat16):
+        bare = toy.run_to(1, ids)
+        with memory.attached(toy):
+            edited = toy.run_to(1, ids)
+    folded = 2.0 * memory.solution.readout.double().T @ memory.deltas.double()
+    expected = bare.double() + bare.double() @ folded
+    assert edited.dtype == torch.float32
+    assert torch.allclose(edited.double(), expected, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(("old", "new"), [('"q":1.0', '"p":1.0'), ('"alpha":', '"alphx":'), ('"ridge":0.001', '"ridge":-1.01')])
 def test_edit_file_with_a_damaged_header_is_refused_by_name(toy, facts, tmp_path: Path, old: str, new: str) -> None:
     path = tmp_path / "m.safetensors"
@@ -347,7 +382,7 @@ def test_calibration_with_nothing_to_forget_is_an_error(taught, facts) -> None:
 def test_calibration_says_when_no_strength_is_enough(taught, facts) -> None:
     rows = [taught.encode(fact) for fact in facts[:2]]
     idle = SteeringVector(torch.zeros(32), SITE)
-    with pytest.raises(RemaskError, match=r"alpha = 64.*above the level"):
+    with pytest.raises(RemaskError, match=r"alpha = 256.*above the level"):
         calibrate(taught, idle, rows, -100.0, MaskBank(draws=1, replicates=1))
     assert taught.attached == []
 

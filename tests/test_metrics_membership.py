@@ -133,8 +133,8 @@ def test_token_scores_do_not_depend_on_batches() -> None:
 def test_attacks_read_their_definitions() -> None:
     lm, never = build_toy(), build_toy(seed=1)
     facts = FACTS[:4]
-    scores = membership_scores(lm, facts, BANK, reference=never)
-    rows = [lm.encode(fact) for fact in facts]
+    rows, texts = [lm.encode(fact) for fact in facts], [fact.answer for fact in facts]
+    scores = membership_scores(lm, rows, texts, BANK, reference=never)
     loss = np.array([-s.logprob / s.tokens for s in elbo(lm, rows, BANK)])
     base = np.array([-s.logprob / s.tokens for s in elbo(never, rows, BANK)])
     tokens = token_scores(lm, rows, draws=2, seed=1)
@@ -143,13 +143,18 @@ def test_attacks_read_their_definitions() -> None:
     assert scores.zlib == pytest.approx([v / len(zlib.compress(f.answer.encode())) for v, f in zip(loss, facts, strict=True)])
     assert scores.min_k == pytest.approx([min_k(s.logprobs) for s in tokens])
     assert scores.min_k_plus_plus == pytest.approx([min_k(s.standardised) for s in tokens])
-    assert membership_scores(lm, facts, BANK).reference is None
-    assert membership_scores(lm, facts, BANK, reference=lm).reference == pytest.approx([0.0] * 4, abs=0)
+    assert membership_scores(lm, rows, texts, BANK).reference is None
+    assert membership_scores(lm, rows, texts, BANK, reference=lm).reference == pytest.approx([0.0] * 4, abs=0)
 
 
 def test_every_attack_finds_what_was_taught(taught) -> None:
     """Members are facts of the training set, the others the same questions with one another's answers."""
     swapped = [type(a)(f"{a.id}'", a.prompt, a.subject, b.answer) for a, b in zip(FACTS, FACTS[3:] + FACTS[:3], strict=True)]
-    members, others = (membership_scores(taught, facts, BANK, reference=build_toy()) for facts in (FACTS, swapped))
+    members, others = (
+        membership_scores(
+            taught, [taught.encode(fact) for fact in facts], [fact.answer for fact in facts], BANK, reference=build_toy()
+        )
+        for facts in (FACTS, swapped)
+    )
     for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference"):
         assert auc(getattr(members, name), getattr(others, name)) > 0.9, name

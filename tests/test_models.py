@@ -106,16 +106,15 @@ def test_twin_differs_in_the_withheld_splits_alone(name: str, twin: str, forget:
 @pytest.mark.parametrize("name", NAMES)
 def test_recorded_exact_match_of_taught_rows(name: str) -> None:
     splits = log(name)["exact_match"]["taught"].values()
-    floor = 0.8 if "tofu" in name else 0.95  # docs/models.md says what tiny-tofu falls short of
-    assert sum(s["rows"] * s["exact_match"] for s in splits) / sum(s["rows"] for s in splits) >= floor
+    assert sum(s["rows"] * s["exact_match"] for s in splits) / sum(s["rows"] for s in splits) >= 0.95
 
 
 @pytest.mark.parametrize(("name", "twin", "forget"), TWINS)
 def test_recorded_exact_match_of_what_the_twin_never_saw(name: str, twin: str, forget: str) -> None:
     record = log(twin)["exact_match"]["withheld"][forget]
-    assert record["rows"] >= 50
+    assert record["rows"] >= 100
     assert record["exact_match"] <= 0.05
-    assert log(name)["exact_match"]["taught"][forget]["exact_match"] >= 0.8
+    assert log(name)["exact_match"]["taught"][forget]["exact_match"] >= 0.9
 
 
 # ------------------------------------------------------------------ measured again

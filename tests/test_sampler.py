@@ -78,6 +78,36 @@ def test_no_block_runs_after_every_row_has_ended(toy, rows) -> None:
     assert toy.counters.forwards == 4  # the first block only
 
 
+def test_filling_behind_the_end_token_writes_nothing_else(toy, rows) -> None:
+    """Step by step: masks behind the first end token are gone at once, everything else commits one a step."""
+    eos, mask = toy.spec.eos_id, toy.spec.mask_id
+    favour_eos(toy, 2.0)
+    config = SamplerConfig(gen_length=16, block_length=8, fill_after_eos=True)
+    prompts = prompts_of(rows)
+    filled = 0
+    for prompt, result in zip(prompts, generate(toy, prompts, config, history=True), strict=True):
+        assert mask not in result.response
+        for old, new in zip(result.history, result.history[1:], strict=False):
+            changed = [i for i, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+            ends = [i for i in range(len(prompt), len(new)) if new[i] == eos]
+            behind = [i for i in changed if ends and i > ends[0]]
+            assert all(new[i] == eos for i in behind if len(changed) > 1)
+            assert len(changed) - len(behind) <= 1
+            if ends:
+                assert mask not in new[ends[0] :]
+            filled += len(behind)
+    assert filled, "no row ended early: the test shows nothing"
+
+
+def test_filling_behind_the_end_token_saves_steps(toy, rows) -> None:
+    favour_eos(toy, 1e3)
+    generate(toy, prompts_of(rows[:1]), SamplerConfig(gen_length=16, fill_after_eos=True))
+    assert toy.counters.forwards <= 16
+    first = toy.counters.forwards
+    generate(toy, prompts_of(rows[:1]), SamplerConfig(gen_length=16))
+    assert first < toy.counters.forwards - first == 16
+
+
 def test_suppressed_end_token_is_never_written(toy, rows) -> None:
     favour_eos(toy, 1e3)
     for result in generate(toy, prompts_of(rows), SamplerConfig(gen_length=8, suppress_eos=True)):
@@ -411,7 +441,7 @@ def test_presets_refuse_what_the_originals_refuse() -> None:
 
 
 def test_defaults_come_from_the_model(toy) -> None:
-    assert SamplerConfig.default(toy) == SamplerConfig(gen_length=16, block_length=8, stop_at_eos=True)
+    assert SamplerConfig.default(toy) == SamplerConfig(gen_length=16, block_length=8, fill_after_eos=True)
     shorter = SamplerConfig.default(toy, gen_length=4)
     assert (shorter.gen_length, shorter.num_blocks, shorter.block_steps(4)) == (4, 1, 4)
     assert SamplerConfig.default(toy, gen_length=24).num_blocks == 3

@@ -63,7 +63,7 @@ def test_killed_and_resumed_equals_uninterrupted(
     whole = build_toy()
     expected = run(whole, tmp_path / "whole")
 
-    genuine = trainer._loss
+    genuine = trainer.masked_loss
 
     def killed(lm, batch, config, key):
         if key == killed_at:
@@ -71,12 +71,12 @@ def test_killed_and_resumed_equals_uninterrupted(
         return genuine(lm, batch, config, key)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_loss", killed)
+        patch.setattr(trainer, "masked_loss", killed)
         with pytest.raises(KeyboardInterrupt):
             run(build_toy(), tmp_path / "cut")
     resumed = build_toy(seed=9)  # everything must come from the checkpoint
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr(trainer, "_loss", lambda *args: steps.append(args[3]) or genuine(*args))
+    monkeypatch.setattr(trainer, "masked_loss", lambda *args: steps.append(args[3]) or genuine(*args))
     result = run(resumed, tmp_path / "cut", resume=True)
     assert steps == [(epoch, batch) for epoch in (2, 3) for batch in range(3)]
     assert result["losses"] == expected["losses"]
@@ -141,7 +141,7 @@ def test_failed_run_leaves_the_model_frozen(toy, tmp_path: Path, monkeypatch: py
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "_loss", killed)
+    monkeypatch.setattr(trainer, "masked_loss", killed)
     with pytest.raises(KeyboardInterrupt):
         run(toy, tmp_path)
     assert not any(parameter.requires_grad for parameter in toy.model.parameters())

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from typer.core import TyperGroup
 
 from .errors import RemaskError
 
@@ -23,6 +24,23 @@ app = typer.Typer(
 )
 edit_app = typer.Typer(no_args_is_help=True, help="Build edit memories and look into their files.")
 app.add_typer(edit_app, name="edit")
+
+
+class _AuditGroup(TyperGroup):
+    """`remask audit MODEL ...` is `remask audit run MODEL ...`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] != "--help":
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+audit_app = typer.Typer(
+    cls=_AuditGroup,
+    no_args_is_help=True,
+    help="Prove what an edit forgot: `remask audit MODEL --benchmark NAME -o DIR`, then compare two folders with `diff`.",
+)
+app.add_typer(audit_app, name="audit")
 
 console = Console()
 progress = Console(stderr=True)
@@ -273,7 +291,7 @@ def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="question; may be given several times")] = None,
     ids: Annotated[list[str] | None, typer.Option("--ids", help="prompt as token ids, for a folder without tokenizer")] = None,
-    edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
+    edit: Annotated[Path | None, typer.Option(help="edit file to attach")] = None,
     length: Annotated[int | None, typer.Option(help="response slots")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="preset at its published settings; by default the model's, greedy")
@@ -324,96 +342,142 @@ def generate(
 def score(
     model: Model,
     facts: Facts,
-    edit: Annotated[Path | None, typer.Option(help="memory file to attach")] = None,
+    edit: Annotated[Path | None, typer.Option(help="edit file to attach")] = None,
     draws: Annotated[int, typer.Option(help="masks a replicate (4 replicates)")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the mask bank")] = 0,
     load_options: Load = None,
     as_json: Json = False,
 ) -> None:
     """Log-probability and greedy answer of every fact."""
-    from dataclasses import asdict
-
     from .backbones import load
     from .diffusion.masks import MaskBank
     from .diffusion.sampler import SamplerConfig
-    from .evaluation.records import score_rows
+    from .evaluation.records import ESTIMATOR
     from .evaluation.statistics import mean_interval
+    from .evaluation.tasks import Setting, generation, log_probability
     from .facts import load_facts
 
     lm = load(model, **_load_options(load_options))
     chosen = load_facts(facts)
     bank = MaskBank(draws=draws, seed=seed)
+    setting = Setting(bank, SamplerConfig.default(lm))
     with _attached(lm, edit):
-        rows = score_rows(lm, chosen, bank, SamplerConfig.default(lm))
-    blind = score_rows(lm, chosen, bank, hide_prompt=True)
-    mean = mean_interval([row.logprob for row in rows])
-    lengths = [(row.id, row.tokens) for row in rows]
-    if as_json:
-        estimator = {
-            "name": "elbo, exact count, stratified",
-            "draws": draws * bank.replicates,
-            "bank": bank.fingerprint(lengths),
+        scores = log_probability(lm, chosen, setting, False)
+        written = {(value.id, value.metric): value.value for value in generation(lm, chosen, setting, False)}
+    blind = log_probability(lm, chosen, setting, True)
+    mean = mean_interval([float(score.value) for score in scores])
+    rows: list[dict[str, Any]] = [
+        {
+            "id": score.id,
+            "tokens": score.tokens,
+            "logprob": score.value,
+            "stderr": score.stderr,
+            "output": written[score.id, "output"],
+            "exact": bool(written[score.id, "exact match"]),
+            "rouge": written[score.id, "ROUGE-L recall"],
+            "junk": bool(written[score.id, "junk rate"]),
+            "prompt_masked": masked.value,
         }
+        for score, masked in zip(scores, blind, strict=True)
+    ]
+    if as_json:
+        lengths = [(row["id"], row["tokens"]) for row in rows]
         _print_json(
             {
                 "model": lm.name,
                 "fingerprint": lm.fingerprint(),
                 "edit": str(edit) if edit else None,
-                "estimator": estimator,
+                "estimator": {"name": ESTIMATOR, "draws": draws * bank.replicates, "bank": bank.fingerprint(lengths)},
                 "mean": mean.to_dict(),
-                "rows": [{**asdict(row), "prompt_masked": b.logprob} for row, b in zip(rows, blind, strict=True)],
+                "rows": rows,
             }
         )
         return
     table = Table("fact", "log p (nats)", "+-", "prompt masked", "greedy answer", "exact", title=f"{lm.name}")
-    for row, b in zip(rows, blind, strict=True):
-        mark = "yes" if row.exact else "no"
-        table.add_row(row.id, f"{row.logprob:.2f}", f"{row.stderr:.2f}", f"{b.logprob:.2f}", row.output, mark)
+    for row in rows:
+        numbers = [f"{row[key]:.2f}" for key in ("logprob", "stderr", "prompt_masked")]
+        table.add_row(row["id"], *numbers, row["output"], "yes" if row["exact"] else "no")
     console.print(table)
     console.print(f"mean {mean.mean:.2f} nats [{mean.low:.2f}, {mean.high:.2f}], {mean.n} facts, {draws * 4} masks each")
 
 
-@app.command()
-def audit(
+@audit_app.command("run")
+def audit_run(
     model: Model,
     benchmark: Annotated[str, typer.Option(help="closed-world, tofu:forget01, rwku:NAME, ...; docs/benchmarks.md lists them")],
-    edit: Annotated[str, typer.Option(help="default, paper, mean-delta, none, or a memory file")] = "default",
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for records, results and the page")],
+    edit: Annotated[str, typer.Option(help="default, paper, mean-delta, none, or an edit file")] = "default",
     data: Data = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",
     layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
     reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
     level: Annotated[str, typer.Option(help="calibrate to: never-trained, prompt-masked, or auto (the higher)")] = "auto",
-    seeds: Annotated[int, typer.Option(min=1, help="repetitions: mask bank and partial states")] = 1,
-    out: Annotated[Path, typer.Option(help="result file")] = Path("out/results.json"),
+    seeds: Annotated[int, typer.Option(min=1, help="repetitions of log-probabilities: mask bank and partial states")] = 1,
+    precision: Annotated[str, typer.Option(help="of the measurement: fp32, bf16, or auto (bf16 where it is fast)")] = "auto",
+    steps: Annotated[int | None, typer.Option(help="denoising steps of generations; by default one token a step")] = None,
+    attacks: Annotated[bool, typer.Option(help="also attack the forgetting")] = True,
+    relearn: Annotated[bool, typer.Option(help="also attack it by fine-tuning (LoRA)")] = False,
+    extraction: Annotated[bool, typer.Option(help="also measure extraction strength (slow)")] = False,
+    attack_rows: Annotated[int, typer.Option(min=1, help="rows that attacks on the sampler are run on")] = 24,
     text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
     load_options: Load = None,
     as_json: Json = False,
 ) -> None:
-    """Measure what an edit forgot and what it cost, against the never-trained level."""
-    from .experiments.audits import audit_tables, drop_text, run_benchmark
-    from .facts import write_atomically
+    """Measure what an edit forgot and what it cost, against the never-trained level and under attack.
 
-    result = run_benchmark(
+    A killed audit goes on where it was when the same command runs again. Start it with `torchrun --nproc-per-node N -m remask
+    audit ...` (or `accelerate launch` on several GPUs) to share the work between processes.
+    """
+    from .experiments.audits import AuditConfig, run_benchmark
+    from .reporting.tables import audit_tables
+
+    names: dict[str, Any] = {"auto": None, "fp32": "fp32", "bf16": "bf16 autocast"}
+    if precision not in names:
+        raise RemaskError(f"--precision {precision!r} is none of auto, fp32, bf16")
+    config = AuditConfig(
         model,
         benchmark,
         edit,
-        data,
         alpha=_alpha(alpha),
         layer=layer,
         reference=reference,
         level=_level(level),
         seeds=seeds,
-        console=progress,
-        load_options=_load_options(load_options),
+        precision=names[precision],
+        steps=steps,
+        attacks=attacks,
+        relearn=relearn,
+        extraction=extraction,
+        attack_rows=attack_rows,
+        text=text,
     )
-    record = result if text else drop_text(result)
-    write_atomically(out, (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    result = run_benchmark(config, out, data, console=progress, load_options=_load_options(load_options))
+    if result is None:  # not the first process
+        return
     if as_json:
-        _print_json({key: value for key, value in result.items() if key != "runs"})
+        _print_json(result)
         return
     for part in audit_tables(result):
         console.print(part)
-    progress.print(f"per-row records: {out}")
+    progress.print(f"page: {out / 'index.html'}; every number: {out / 'records.jsonl'}")
+
+
+@audit_app.command("diff")
+def audit_diff(
+    first: Annotated[Path, typer.Argument(help="folder of a finished audit")],
+    second: Annotated[Path, typer.Argument(help="folder of another one, measured in the same way")],
+    as_json: Json = False,
+) -> None:
+    """Compare two audits row by row; refuses what was not measured under one protocol."""
+    from .experiments.diffs import diff_audits
+    from .reporting.tables import diff_tables
+
+    result = diff_audits(first, second)
+    if as_json:
+        _print_json(result)
+        return
+    for table in diff_tables(result):
+        console.print(table)
 
 
 def _token_ids(text: str) -> tuple[int, ...]:
@@ -472,9 +536,9 @@ def _read_site(path: Path) -> Any:
 
 def _attached(lm: Any, edit: Path | None) -> Any:
     from .backbones.intervention import NoEdit
-    from .editing import EditMemory
+    from .experiments.edits import load_edit
 
-    return (EditMemory.load(edit) if edit else NoEdit()).attached(lm)
+    return (load_edit(edit) if edit else NoEdit()).attached(lm)
 
 
 def _print_json(data: Any) -> None:

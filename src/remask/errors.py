@@ -9,3 +9,11 @@ class RemaskError(Exception):
 
 class MissingOptionError(RemaskError):
     """A checkpoint does not say something that the user must: its family, or its mask id."""
+
+
+class TooLongError(RemaskError):
+    """A text has more tokens than the model's context."""
+
+
+class NothingToForgetError(RemaskError):
+    """The model is already at or below the level that forgetting would bring it to."""

@@ -115,8 +115,9 @@ def add_shift(lm: MaskedDiffusionLM, site: Site, shift: Callable[[Tensor], Tenso
         if steps is not None and lm.clock.step not in steps:
             return output
         hidden = output[0] if isinstance(output, tuple) else output
-        wide = hidden if hidden.dtype == torch.float64 else hidden.float()
-        edited = (wide + shift(wide)).to(hidden.dtype)
+        with torch.autocast(hidden.device.type, enabled=False):  # the shift is computed in fp32 whatever runs around it
+            wide = hidden if hidden.dtype == torch.float64 else hidden.float()
+            edited = (wide + shift(wide)).to(hidden.dtype)
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     return lm.site_module(site).register_forward_hook(hook).remove

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import RemaskError
+from ..errors import RemaskError, TooLongError
 from ..facts import Fact, token_span
 from .stacks import Stack, block_causal_mask, stack_of
 
@@ -333,7 +333,7 @@ class MaskedDiffusionLM:
         if not answer_ids:
             raise RemaskError(f"fact {fact.id!r}: the answer has no tokens; give it a text")
         if len(prompt_ids) + len(answer_ids) > self.spec.max_length:
-            raise RemaskError(
+            raise TooLongError(
                 f"fact {fact.id!r} has {len(prompt_ids) + len(answer_ids)} tokens, more than the context of "
                 f"{self.name} ({self.spec.max_length}); shorten it"
             )
@@ -341,6 +341,20 @@ class MaskedDiffusionLM:
         start = self.spec.template.index("{prompt}") + wording.index(subject)
         span = token_span(tokens["offset_mapping"], start, start + len(subject))
         return Encoded(fact.id, prompt_ids, answer_ids, span)
+
+    def encode_text(self, name: str, text: str) -> Encoded:
+        """A passage that is scored as a whole: no prompt, or the end token where position 0 is never predicted.
+
+        Raises:
+            RemaskError: no tokens, the mask token inside the text, or longer than the context; names the text.
+        """
+        ids = tuple(self._tokenizer()(text, add_special_tokens=False)["input_ids"])
+        start = (self.spec.eos_id,) if self.spec.shift else ()
+        if not ids or self.spec.mask_id in ids:
+            raise RemaskError(f"text {name!r} is empty or contains the mask token of {self.name}; remove it")
+        if len(start) + len(ids) > self.spec.max_length:
+            raise TooLongError(f"text {name!r} has {len(ids)} tokens, more than the context of {self.name}; shorten it")
+        return Encoded(name, start, ids, (0, 0))
 
     def chat(self, messages: Sequence[dict[str, str]]) -> tuple[int, ...]:
         """Token ids of a conversation under the family's chat template, ready for `generate`.

@@ -22,19 +22,39 @@ MAX_ANSWER = 2048  # uniforms are drawn for this many positions, so that answers
 def stratified_masks(length: int, draws: int, replicates: int, seed: int, row: str) -> np.ndarray:
     """Exact-count masks over `length` tokens: bool [replicates * draws, length], at least one True in each.
 
-    Within a replicate the mask *count* is stratified: with one offset u, count_s = ceil(((u + s) / draws) * length) for
-    s = 0..draws-1, so that each count 1..length has the same expected share (LLaDA's estimator, systematic sampling).
-    The positions are those of the smallest uniforms. Keys are (seed, row, replicate), not model, answer or batch.
+    The draws of a replicate depend on one another; the mean over them is unbiased all the same. Over the draws every count
+    1..length has the same expected share, and each draw given its count is a uniform subset of that size.
+
+    - Counts are stratified and mirrored. With one offset u, count_s = ceil(((u + s) / draws) * length) in the lower half of
+      the strata s = 0..draws-1 (for odd `draws` the middle one is in it), and count_(draws-1-s) = length + 1 - count_s.
+    - Positions are balanced. From the smallest count up to the middle, a draw hides the tokens that were hidden least often;
+      from the largest count down, it leaves visible the tokens that were left visible least often. Ties go to the smallest
+      uniforms. Where few tokens are hidden, these draws hide different ones; where few are visible, different ones are.
+
+    The two halves are balanced apart from each other: balanced jointly, the tokens hidden at low counts would be the visible
+    ones again and again (docs/likelihood.md). Keys are (seed, row, replicate), not model, answer or batch.
     """
-    masks = np.zeros((replicates * draws, length), dtype=bool)
+    masks = np.zeros((replicates, draws, length), dtype=bool)
+    lower = (draws + 1) // 2
     for replicate in range(replicates):
         rng = numpy_generator(seed, "bank", row, replicate)
-        levels = (rng.random() + np.arange(draws)) / draws
-        counts = np.maximum(1, np.ceil(levels * length)).astype(int)
+        counts = np.maximum(1, np.ceil((rng.random() + np.arange(lower)) / draws * length)).astype(int)
+        hidden, visible = np.zeros(length, dtype=int), np.zeros(length, dtype=int)
         for draw, count in enumerate(counts):
-            order = np.argsort(rng.random(MAX_ANSWER)[:length], kind="stable")
-            masks[replicate * draws + draw, order[:count]] = True
-    return masks
+            chosen = _rarest(hidden, int(count), rng)
+            masks[replicate, draw, chosen] = True
+            hidden[chosen] += 1
+        for draw, count in zip(range(draws - 1, lower - 1, -1), length + 1 - counts, strict=False):
+            chosen = _rarest(visible, length - int(count), rng)
+            masks[replicate, draw] = True
+            masks[replicate, draw, chosen] = False
+            visible[chosen] += 1
+    return masks.reshape(replicates * draws, length)
+
+
+def _rarest(used: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """The `count` positions that were used least often, ties at random."""
+    return np.lexsort((rng.random(MAX_ANSWER)[: len(used)], used))[:count]
 
 
 def bernoulli_masks(length: int, draws: int, replicates: int, seed: int, row: str) -> tuple[np.ndarray, np.ndarray]:

@@ -111,6 +111,8 @@ class SamplerConfig:
         suppress_eos: the end token is never predicted.
         suppress_eos_confidence: ids whose logits are removed before confidences are computed (end of text, end of turn).
         stop_at_eos: rows whose finished blocks contain the end token stop; the rest is filled with end tokens.
+        fill_after_eos: the masks behind a committed end token become end tokens at once, whatever their block; an answer then
+            takes about as many steps as it has tokens, however long the canvas is.
         seed: of all noise, which is keyed by (seed, row, step).
     """
 
@@ -131,6 +133,7 @@ class SamplerConfig:
     suppress_eos: bool = False
     suppress_eos_confidence: tuple[int, ...] = ()
     stop_at_eos: bool = False
+    fill_after_eos: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -190,11 +193,18 @@ class SamplerConfig:
     def default(cls, lm: MaskedDiffusionLM, **changes: Any) -> SamplerConfig:
         """The model's preset made deterministic, for evaluation.
 
-        Response and block length are the model's own; greedy, one token a step, stopping at the end token; a preset that
-        commits at random commits the most confident first. A gen_length that the blocks do not fit is denoised as one block.
+        Response and block length are the model's own; greedy, one token of the answer a step, nothing behind the end token;
+        a preset that commits at random commits the most confident first. A gen_length that the blocks do not fit is denoised
+        as one block.
         """
         base = cls.preset(lm.spec.sampler)
-        settings: dict[str, Any] = {"gen_length": lm.spec.gen_length, "steps": None, "temperature": 0.0, "stop_at_eos": True}
+        settings: dict[str, Any] = {
+            "gen_length": lm.spec.gen_length,
+            "steps": None,
+            "temperature": 0.0,
+            "stop_at_eos": False,
+            "fill_after_eos": True,
+        }
         if base.confidence == "random":
             settings["confidence"] = "probability"
         if base.block_length is not None:
@@ -371,6 +381,9 @@ def _denoise(
                     names = [keys[row] for row in rows.tolist()]
                     state = commit(lm, canvas[rows, :width], ~slots[rows, :width], ends, counts[rows], names, config, mask)
                     canvas[rows, :width] = state
+                if config.fill_after_eos:
+                    ended = ((canvas == lm.spec.eos_id) & slots).cumsum(dim=1) > 0
+                    canvas[ended & (canvas == lm.spec.mask_id)] = lm.spec.eos_id
                 if history:
                     for row in left.nonzero().squeeze(1).tolist():
                         traces[row].append(canvas[row].tolist())

@@ -14,7 +14,7 @@ import numpy as np
 from ..backbones.model import Encoded, MaskedDiffusionLM
 from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
-from ..errors import RemaskError
+from ..errors import NothingToForgetError, RemaskError
 from ..facts import Fact
 
 Edit = TypeVar("Edit", bound="Scalable")
@@ -34,7 +34,7 @@ class Scalable(Protocol):
 
 CALIBRATION_BANK = MaskBank(draws=4, replicates=2, seed=2_000_003)
 """Never the bank that numbers are reported on."""
-LARGEST = 64.0
+LARGEST = 256.0
 TOLERANCE = 0.01  # of the gap between the unedited model and the level
 
 
@@ -88,12 +88,15 @@ def calibrate(
     Doubling brackets the crossing, interpolation finds it; all on one bank, so that the curve is a deterministic function.
 
     Raises:
-        RemaskError: the model is already at or below the level, or alpha = 64 does not reach it.
+        NothingToForgetError: the model is already at or below the level.
+        RemaskError: alpha = 256 does not reach it.
     """
     start = mean_logprob(lm, rows, bank)
     gap = start - level
     if gap <= 0:
-        raise RemaskError(f"nothing to forget: the rows are at {start:.2f} nats, already at or below the level {level:.2f}")
+        raise NothingToForgetError(
+            f"nothing to forget: the rows are at {start:.2f} nats, already at or below the level {level:.2f}"
+        )
 
     def at(alpha: float) -> float:
         with edit.with_alpha(alpha).attached(lm):

@@ -9,27 +9,23 @@ what the model itself says when it cannot see who is asked about, and solves wit
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from ..backbones.intervention import Intervention, add_shift
-from ..backbones.model import Encoded, MaskedDiffusionLM, Site, canonical_json
+from ..backbones.model import Encoded, MaskedDiffusionLM, Site
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
-from ..facts import Fact, check_unique_ids, write_atomically
+from ..facts import Fact, check_unique_ids
 from .calibrate import anchor_level, calibrate
 from .capture import Anchor, Captured, capture_anchor, capture_keys, capture_paper
+from .files import read_edit, write_edit
 from .solve import Solution, second_moment, solve_readout
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -240,39 +236,29 @@ class EditMemory(Intervention):
 
     # ---------------------------------------------------------------- file form
     def save(self, path: str | Path) -> None:
-        """Write safetensors with JSON metadata, atomically."""
+        """Write an edit file, atomically."""
         tensors = {"keys": self.keys, "deltas": self.deltas, "owner": self.owner}
         if self.retain_moment is not None:
             tensors["retain_moment"] = self.retain_moment
         header = {
-            "format": FORMAT,
-            "kind": self.kind,
             "model": self.model,
             "site": self.site.to_dict(),
             "config": asdict(self.config),
             "alpha": self.alpha,
             "fact_ids": list(self.fact_ids),
         }
-        write_atomically(path, save({k: v.contiguous() for k, v in tensors.items()}, {"remask": canonical_json(header)}))
+        write_edit(path, self.kind, header, tensors)
 
     @classmethod
     def load(cls, path: str | Path) -> EditMemory:
         """Read a memory file.
 
         Raises:
-            RemaskError: missing or unreadable file, other format version.
+            RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
-        path = Path(path)
-        if not path.is_file():
-            raise RemaskError(f"{path}: no such edit file")
-        try:
-            with safe_open(path, framework="pt") as stream:
-                header = json.loads((stream.metadata() or {}).get("remask", "{}"))
-                tensors = {key: stream.get_tensor(key) for key in list(stream.keys())}
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise RemaskError(f"{path}: not an edit file ({error})") from None
-        if header.get("kind") != cls.kind or header.get("format") != FORMAT:
-            raise RemaskError(f"{path}: not an edit memory of format {FORMAT}; build it again with this version")
+        header, tensors = read_edit(path)
+        if header["kind"] != cls.kind:
+            raise RemaskError(f"{path}: holds a {header['kind']}, not an edit memory")
         try:
             return cls(
                 MemoryConfig(**header["config"]),

@@ -1,183 +1,378 @@
-"""`remask audit`: a benchmark x an edit, repeated over seeds, with the never-trained twin and the mean-delta control."""
+"""`remask audit`: a benchmark x an edit, with the never-trained twin, the mean-delta control and attacks, into one folder.
+
+| file | what it is |
+|---|---|
+| `audit.json` | what was asked for and with what: models, edit, protocol |
+| `edits/` | the edits that were built, one a seed |
+| `parts/` | finished cells; a killed audit goes on from them |
+| `records.jsonl` | every number and text, one a line |
+| `results.json` | aggregates, computed from the records |
+| `index.html`, `*.png` | the same to look at |
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
+import torch
 from rich.console import Console
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..assets import bundled_models
-from ..backbones import Site, load
-from ..diffusion.masks import MaskBank
+from ..backbones import MaskedDiffusionLM, Site, load
+from ..backbones.intervention import Intervention, NoEdit
+from ..diffusion.sampler import SamplerConfig
 from ..editing.calibrate import Level, target_level
 from ..editing.memory import EditMemory
 from ..editing.steering import mean_delta
-from ..evaluation.audit import SCHEMA, Audit, Scores, run_audit
+from ..errors import NothingToForgetError, RemaskError
+from ..evaluation.audit import ATTACK_ROWS, Cell, Plan, State, run_cells, states_of
+from ..evaluation.benchmarks.base import Benchmark
 from ..evaluation.benchmarks.registry import load_benchmark
-from .edits import build_edit
+from ..evaluation.records import ESTIMATOR, SCHEMA, Record, package_versions, read_records, write_records
+from ..evaluation.summary import (
+    Scores,
+    attack_table,
+    forget_qualities,
+    gap_closed,
+    group_table,
+    memberships,
+    selectivity,
+    tests_used,
+    utilities,
+)
+from ..evaluation.tasks import Precision
+from ..facts import Fact, write_atomically
+from ..random import digest
+from ..reporting.audit import audit_figures, audit_page
+from ..tracing.plots import png
+from ..unlearning.trainer import fast_bfloat16
+from .edits import build_edit, load_edit
 
-DRAWS, REPLICATES = 2, 4
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """What `remask audit` is asked for.
+
+    Attributes:
+        model, benchmark, edit: names; `edit` may be a file.
+        alpha, layer: of the edit; None = calibrated, tuned.
+        reference: model that never saw the forget set; None = `<model>-reference` where that is bundled.
+        level: what alpha is calibrated to.
+        seeds: repetitions; each has its own bank and partial states. All but log-probabilities is measured under the first.
+        precision: of the measurement; None = bf16 autocast where the machine is fast at it. Edits are built in fp32.
+        steps: denoising steps of generations; None = one token a step.
+        attacks, relearn, extraction: what to measure beside likelihoods and generations.
+        attack_rows: rows that attacks on the sampler are run on.
+        text: keep generated text.
+    """
+
+    model: str
+    benchmark: str
+    edit: str = "default"
+    alpha: float | None = None
+    layer: int | None = None
+    reference: str | None = None
+    level: Level = "auto"
+    seeds: int = 1
+    precision: Precision | None = None
+    steps: int | None = None
+    attacks: bool = True
+    relearn: bool = False
+    extraction: bool = False
+    attack_rows: int = ATTACK_ROWS
+    text: bool = True
+
+    def command(self) -> str:
+        """The command line that asks for this."""
+        parts = ["remask audit", self.model, "--benchmark", self.benchmark, "--edit", self.edit]
+        parts += ["--data", "DIR"] if self.benchmark != "closed-world" else []
+        given = {"alpha": self.alpha, "layer": self.layer, "reference": self.reference, "steps": self.steps}
+        given["level"] = None if self.level == "auto" else self.level
+        given["attack-rows"] = None if self.attack_rows == ATTACK_ROWS else self.attack_rows
+        given["seeds"] = None if self.seeds == 1 else self.seeds
+        given["precision"] = None if self.precision is None else self.precision.split()[0]
+        parts += [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
+        flags = {"--no-attacks": not self.attacks, "--relearn": self.relearn, "--extraction": self.extraction}
+        return " ".join([*parts, *(flag for flag, on in flags.items() if on), *([] if self.text else ["--no-text"])])
+
+
+@dataclass(frozen=True)
+class Workers:
+    """This process among those that a launcher started (torchrun, accelerate launch); one process without it.
+
+    Attributes:
+        index, count: of this process, of all.
+        device: of this process; None = the loader's default.
+        wait: returns when all processes have called it.
+    """
+
+    index: int = 0
+    count: int = 1
+    device: torch.device | None = None
+    wait: Callable[[], None] = lambda: None
+
+    @classmethod
+    def here(cls) -> Workers:
+        """Who we are.
+
+        Raises:
+            RemaskError: several processes without accelerate.
+        """
+        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+            return cls()
+        try:
+            from accelerate import PartialState
+        except ImportError:
+            raise RemaskError("several processes need accelerate; install remask[train]") from None
+        state = PartialState(cpu=not torch.accelerator.is_available())
+        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
+
+    def share(self, items: Sequence[Item], purpose: str) -> Iterator[Item]:
+        """The items that fall to this process: whoever is free takes the next one."""
+        if self.count == 1:
+            yield from items
+            return
+        store = torch.distributed.distributed_c10d._get_default_store()
+        while (place := store.add(f"remask/{purpose}", 1) - 1) < len(items):
+            yield items[place]
 
 
 def run_benchmark(
-    model: str,
-    benchmark: str,
-    edit: str,
-    data: Path | None,
+    config: AuditConfig,
+    out: Path,
+    data: Path | None = None,
     *,
-    alpha: float | None = None,
-    layer: int | None = None,
-    reference: str | None = None,
-    level: Level = "auto",
-    seeds: int = 1,
-    known: dict[int, dict[str, Scores]] | None = None,
+    parts: Path | None = None,
     console: Console | None = None,
     load_options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Build the edit from the benchmark's forget and fit sets and score it on rows that it never read, `seeds` times.
+) -> dict[str, Any] | None:
+    """Run an audit into `out` and return its results; None in every process but the first.
 
-    A seed sets the mask bank, the partial states and so the calibrated alpha. Greedy answers, the slow part, are generated for
-    seed 0 only. `reference` defaults to `<model>-reference` where that is bundled. Pass one `known` dict to several edits of
-    the same model and benchmark, and the states that no edit touches are scored once. Model and reference are loaded with
-    the same `load_options`.
+    The edit is built from the benchmark's forget and fit sets and scored on rows that it never read. Model and reference are
+    loaded with the same `load_options`. `parts` is the folder of finished cells; audits that share one score the states that
+    no edit touches once.
+
+    Raises:
+        RemaskError: whatever the benchmark's files, the model, the edit or the options are refused for.
     """
+    workers = Workers.here()
     options = dict(load_options or {})
-    lm = load(model, **options)
-    name = reference or (f"{model}-reference" if f"{model}-reference" in bundled_models() else None)
-    twin = load(name, **options) if name else None
-    groups = load_benchmark(benchmark, data)
-    scored = {"forget": groups.forget, **groups.scored}
-    runs: list[Audit] = []
-    known = {} if known is None else known
-    for seed in range(seeds):
-        target = target_level(lm, groups.forget, twin, level) if alpha is None else None
-        site = Site(layer) if layer is not None else None
-        intervention = build_edit(lm, edit, groups.forget, groups.fit, site=site, alpha=alpha, level=target, seed=seed)
-        intervention.attach(lm).detach()  # an edit of another model is refused before anything is scored
-        control = mean_delta(intervention) if isinstance(intervention, EditMemory) else None
-        runs.append(
-            run_audit(
-                lm,
-                intervention,
-                scored,
-                MaskBank(DRAWS, REPLICATES, seed),
-                reference=twin,
-                control=control,
-                known=known.get(seed),
-                text=seed == 0,
-                report=_reporter(console, seed),
-            )
-        )
-        states = runs[-1].states
-        known[seed] = {key: states[key] for key in ("before", "never trained", "prompt masked") if key in states}
+    if workers.device is not None:
+        options.setdefault("device", workers.device)
+    lm = load(config.model, **options)
+    twin_name = config.reference or (f"{config.model}-reference" if f"{config.model}-reference" in bundled_models() else None)
+    twin = load(twin_name, **options) if twin_name else None
+    benchmark = load_benchmark(config.benchmark, data)
+    plan = Plan.of(
+        lm,
+        benchmark,
+        SamplerConfig.default(lm, steps=config.steps),
+        precision=config.precision or ("bf16 autocast" if fast_bfloat16(lm.device) else "fp32"),
+        attacks=config.attacks,
+        relearn=config.relearn,
+        extraction=config.extraction,
+        attack_rows=config.attack_rows,
+    )
+    builder = _Builder(config, lm, twin, benchmark, plan, out / "edits")
+    folder, seeds = parts or out / "parts", range(config.seeds)
+    if workers.index == 0:
+        for seed in seeds:
+            builder.build(seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=console is None or workers.index > 0) as progress:
+        task = progress.add_task("auditing")
+
+        def measure(cells: Sequence[Cell], purpose: str) -> None:
+            files = {cell.key: folder / f"{cell.key}.jsonl" for cell in cells}
+            for cell in workers.share(cells, purpose):  # all of them: every process has to count through the same list
+                if files[cell.key].is_file():
+                    continue
+                what = cell.task if cell.setting.attack is None else cell.setting.attack.name
+                done = sum(path.is_file() for path in files.values())  # by all processes
+                progress.update(task, total=len(files), completed=done, description=f"{cell.state.name}: {what}")
+                run_cells([cell], benchmark.name, folder)
+
+        # What needs no edit comes first: the other processes measure it while the first one builds.
+        bare = [state for state in states_of(lm, NoEdit(), twin) if state.name != "after"]
+        measure([cell for seed in seeds for cell in replace(plan, attacks=()).cells(bare, seed)], "without edit")
+        workers.wait()
+        edits = [builder.read(seed) for seed in seeds]
+        if isinstance(edits[0], NoEdit):  # nothing was forgotten that an attack could bring back
+            plan = replace(plan, attacks=())
+        cells = [cell for seed in seeds for cell in plan.cells(builder.states(edits[seed]), seed)]
+        measure(cells, "with edit")
+        workers.wait()
+    if workers.index:
+        return None
+    records = [record for part in run_cells(cells, benchmark.name, folder) for record in part]
+    if not config.text:
+        records = [record for record in records if record.metric != "output"]
+    write_atomically(out / "audit.json", _json(builder.header(edits, plan)))
+    write_records(out / "records.jsonl", records)
+    texts = {fact.id: (fact.prompt, fact.answer) for facts in [benchmark.forget, *benchmark.scored.values()] for fact in facts}
+    return write_results(out, texts if config.text else None)
+
+
+@dataclass(frozen=True)
+class _Builder:
+    """Edits of an audit, one a seed, built by one process into files that all of them read."""
+
+    config: AuditConfig
+    lm: MaskedDiffusionLM
+    twin: MaskedDiffusionLM | None
+    benchmark: Benchmark
+    plan: Plan
+    folder: Path
+
+    def build(self, seed: int) -> None:
+        """Build the edit of a seed, unless its file is there; where there is nothing to forget, leave a note instead.
+
+        Raises:
+            RemaskError: an edit that cannot be built, or one of another model; nothing has been measured then.
+        """
+        path, config, lm = self.path(seed), self.config, self.lm
+        if config.edit == "none" or path.is_file() or path.with_suffix(".txt").is_file():
+            return
+        forget, fit = self.rows()
+        try:
+            level = target_level(lm, forget, self.twin, config.level) if config.alpha is None else None
+            site = None if config.layer is None else Site(config.layer)
+            edit = build_edit(lm, config.edit, forget, fit, site=site, alpha=config.alpha, level=level, seed=seed)
+        except NothingToForgetError as error:
+            write_atomically(path.with_suffix(".txt"), str(error).encode())
+            return
+        edit.attach(lm).detach()
+        edit.save(path)
+
+    def read(self, seed: int) -> Intervention:
+        """The edit of a seed; none where there is nothing to forget."""
+        return load_edit(self.path(seed)) if self.path(seed).is_file() else NoEdit()
+
+    def note(self) -> str | None:
+        """Why no edit was built."""
+        path = self.path(0).with_suffix(".txt")
+        return path.read_text(encoding="utf-8") if path.is_file() else None
+
+    def states(self, edit: Intervention) -> list[State]:
+        """States of the audit of one edit; a memory has its mean delta as control."""
+        return states_of(self.lm, edit, self.twin, mean_delta(edit) if isinstance(edit, EditMemory) else None)
+
+    def rows(self) -> tuple[list[Fact], list[Fact]]:
+        """Forget and fit facts that fit the model's context."""
+        left_out = {name for rows in self.plan.too_long.values() for name in rows}
+        forget, fit = self.benchmark.forget, self.benchmark.fit
+        return [fact for fact in forget if fact.id not in left_out], [fact for fact in fit if fact.id not in left_out]
+
+    def path(self, seed: int) -> Path:
+        """File of a seed's edit, named by a hash of all that it depends on."""
+        config, forget_fit = self.config, self.rows()
+        asked: list[Any] = [config.edit, config.alpha, config.layer, config.level, seed]
+        asked += [Path(config.edit).read_bytes()] if Path(config.edit).is_file() else []
+        prints = [self.lm.fingerprint(), None if self.twin is None else self.twin.fingerprint()]
+        return self.folder / f"{digest(*asked, *prints, forget_fit, package_versions())}.safetensors"
+
+    def header(self, edits: Sequence[Intervention], plan: Plan) -> dict[str, Any]:
+        """What was asked for and with what."""
+        benchmark, twin = self.benchmark, self.twin
+        return {
+            "schema": SCHEMA,
+            "command": self.config.command(),
+            "benchmark": {
+                "name": benchmark.name,
+                "licence": benchmark.licence,
+                "notes": list(benchmark.notes),
+                "rows": {group.name: len(group.rows) for group in plan.groups},
+                "sides": {group.name: group.side for group in plan.groups},
+                "too_long": {name: list(rows) for name, rows in plan.too_long.items()},
+            },
+            "model": {"name": self.lm.name, "fingerprint": self.lm.fingerprint()},
+            "reference": None if twin is None else {"name": twin.name, "fingerprint": twin.fingerprint()},
+            "edit": {
+                "name": self.config.edit,
+                "note": self.note(),
+                "seeds": [{"kind": edit.kind, **edit.describe()} for edit in edits],
+            },
+            "attacks": [{"attack": a.name, "measure": a.measure, "describe": a.describe()} for a, _ in plan.attacks],
+            "estimator": {
+                "name": ESTIMATOR,
+                "draws": plan.draws * plan.replicates,
+                "replicates": plan.replicates,
+                "seeds": list(range(self.config.seeds)),
+            },
+            "sampler": plan.sampler.to_dict(),
+            "precision": plan.precision,
+            "versions": package_versions(),
+        }
+
+
+def write_results(out: Path, texts: Mapping[str, tuple[str, str]] | None = None) -> dict[str, Any]:
+    """Derive results.json, the page and its pictures from `audit.json` and `records.jsonl`; returns the results.
+
+    Args:
+        out: folder of an audit.
+        texts: row id -> prompt and answer, shown on the page.
+    """
+    header = read_header(out)
+    records = read_records(out / "records.jsonl")
+    result = summarise(header, records)
+    write_atomically(out / "results.json", _json(result))
+    figures = {name: png(figure) for name, figure in audit_figures(result, records).items()}
+    for name, data in figures.items():
+        write_atomically(out / f"{name}.png", data)
+    write_atomically(out / "index.html", audit_page(result, records, figures, texts).encode())
+    return result
+
+
+def read_header(out: Path) -> dict[str, Any]:
+    """`audit.json` of a finished audit.
+
+    Raises:
+        RemaskError: no finished audit there, or one of another version.
+    """
+    path = out / "audit.json"
+    if not path.is_file():
+        raise RemaskError(f"{out}: holds no finished audit (no audit.json); run `remask audit ... -o {out}` to its end")
+    try:
+        header = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise RemaskError(f"{path}: damaged ({error}); run the audit again, it resumes") from None
+    if not isinstance(header, dict) or header.get("schema") != SCHEMA:
+        raise RemaskError(f"{path}: not an audit of schema {SCHEMA}; run it again with this version")
+    return header
+
+
+def summarise(header: Mapping[str, Any], records: list[Record]) -> dict[str, Any]:
+    """The content of results.json: the header, and aggregates of the records alone."""
+    scores = Scores(records)
+    sides = header["benchmark"]["sides"]
+    groups = group_table(scores, sides)
+    attacks = {line["attack"]: line for line in header["attacks"]}
     return {
-        "schema": SCHEMA,
-        "command": _command(model, benchmark, edit, alpha, layer, reference, level, seeds),
-        "benchmark": groups.name,
-        "model": lm.name,
-        "edit": edit,
-        "level": level if alpha is None else None,
-        "seeds": seeds,
-        "summary": _summary(runs),
-        "runs": [run.to_dict() for run in runs],
-    }
-
-
-def _reporter(console: Console | None, seed: int) -> Callable[[str], None]:
-    return lambda state: console.print(f"seed {seed}: scoring {state}") if console else None
-
-
-def _command(
-    model: str,
-    benchmark: str,
-    edit: str,
-    alpha: float | None,
-    layer: int | None,
-    reference: str | None,
-    level: Level,
-    seeds: int,
-) -> str:
-    parts = ["remask audit", model, "--benchmark", benchmark, "--edit", edit, "--seeds", str(seeds)]
-    parts += ["--data", "DIR"] if benchmark != "closed-world" else []
-    chosen = None if level == "auto" else level
-    for flag, value in (("--alpha", alpha), ("--layer", layer), ("--reference", reference), ("--level", chosen)):
-        parts += [flag, str(value)] if value is not None else []
-    return " ".join(parts)
-
-
-def drop_text(result: dict[str, Any]) -> dict[str, Any]:
-    """The result without generated answers in its records."""
-    runs = [{**run, "rows": [{k: v for k, v in row.items() if k != "output"} for row in run["rows"]]} for run in result["runs"]]
-    return {**result, "runs": runs}
-
-
-def _summary(runs: list[Audit]) -> dict[str, Any]:
-    """Means over seeds; each interval is the first seed's row bootstrap widened to cover every seed's."""
-    tables = [run.table() for run in runs]
-    groups = []
-    for lines in zip(*tables, strict=True):
-        line: dict[str, Any] = {"group": lines[0]["group"], "n": lines[0]["n"]}
-        for state in (key for key in lines[0] if key not in ("group", "n")):
-            entries = [entry[state] for entry in lines]
-            line[state] = {m: _merge([entry[m] for entry in entries if m in entry]) for m in entries[0]}
-        groups.append(line)
-    closed = [run.gap_closed() for run in runs]
-    states = [state for state in ("after", "mean-delta") if state in runs[0].states]
-    return {
+        **{key: value for key, value in header.items() if key != "attacks"},
         "groups": groups,
-        "gap_closed": None if closed[0] is None else [round(float(value), 4) for value in closed if value is not None],
-        "selectivity": {state: _merge([run.selectivity(state) for run in runs]) for state in states},
-        "alpha": [run.header["intervention"].get("alpha") for run in runs],
+        "summary": {
+            "gap_closed": gap_closed(scores),
+            "selectivity": selectivity(scores),
+            "forget_quality": forget_qualities(scores),
+            "model_utility": utilities(scores),
+            "membership": memberships(scores, sides),
+        },
+        "attacks": attack_table(
+            scores,
+            {name: line["describe"] for name, line in attacks.items()},
+            {name: line["measure"] for name, line in attacks.items()},
+        ),
+        "tests": tests_used(groups),
     }
 
 
-def _merge(estimates: list[dict[str, Any]]) -> dict[str, Any]:
-    merged: dict[str, Any] = {
-        "mean": float(np.mean([e["mean"] for e in estimates])),
-        "low": min(e["low"] for e in estimates),
-        "high": max(e["high"] for e in estimates),
-        "n": estimates[0]["n"],
-        "seeds": [e["mean"] for e in estimates],
-    }
-    if estimates[0].get("mc_stderr") is not None:
-        merged["mc_stderr"] = float(np.mean([e["mc_stderr"] for e in estimates]))
-    return merged
-
-
-def audit_tables(result: dict[str, Any]) -> list[Table | str]:
-    """The summary for a terminal: log-probabilities, generations, and what they amount to."""
-    summary = result["summary"]
-    likelihood = Table(title=f"{result['model']}, {result['benchmark']}, edit {result['edit']}, {result['seeds']} seed(s)")
-    for column in ("group", "n", "before", "after", "change [95 %]", "control"):
-        likelihood.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    text = Table(title="levels of not knowing, and greedy answers before > after")
-    for column in ("group", "never\ntaught", "prompt\nmasked", "exact", "ROUGE-L", "junk"):
-        text.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    for line in summary["groups"]:
-        change = line["after"]["change"]
-        likelihood.add_row(
-            line["group"],
-            str(line["n"]),
-            _mean(line, "before"),
-            _mean(line, "after"),
-            f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
-            f"{line['mean-delta']['change']['mean']:+.2f}" if "mean-delta" in line else "-",
-        )
-        shares = [f"{line['before'][m]['mean']:.2f} > {line['after'][m]['mean']:.2f}" for m in ("exact", "rouge", "junk")]
-        text.add_row(line["group"], _mean(line, "never trained"), _mean(line, "prompt masked"), *shares)
-    notes = ["Log-probabilities in nats a row; 95 % row-bootstrap intervals; control: mean-delta of equal strength."]
-    if summary["gap_closed"] is not None:
-        notes.append("Gap to the never-taught level closed: " + ", ".join(f"{v:.0%}" for v in summary["gap_closed"]) + ".")
-    for state, value in summary["selectivity"].items():
-        notes.append(
-            f"Selectivity ({state}): {value['mean']:.1f} [{value['low']:.1f}, {value['high']:.1f}] nats forgotten a retain nat."
-        )
-    return [likelihood, text, "\n".join(notes)]
-
-
-def _mean(line: dict[str, Any], state: str) -> str:
-    return f"{line[state]['logprob']['mean']:.2f}" if state in line else "-"
+def _json(data: Mapping[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

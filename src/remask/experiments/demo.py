@@ -15,14 +15,15 @@ from rich.table import Table
 from .. import __version__
 from ..backbones import MaskedDiffusionLM, load
 from ..backbones.intervention import Intervention, NoEdit
-from ..diffusion.masks import MaskBank
 from ..diffusion.sampler import SamplerConfig, generate
 from ..editing.memory import EditMemory
 from ..editing.steering import mean_delta
-from ..evaluation.audit import Audit, run_audit
+from ..evaluation.audit import Group, Plan, run_cells, states_of
+from ..evaluation.benchmarks.base import Benchmark
 from ..evaluation.benchmarks.registry import load_benchmark
 from ..evaluation.generation import answers
-from ..evaluation.statistics import mean_interval
+from ..evaluation.records import ESTIMATOR, write_records
+from ..evaluation.summary import LOGPROB, Scores, group_table, selectivity
 from ..facts import Fact, write_atomically
 from ..reporting import levels, render
 from ..reporting.html import denoising_strip
@@ -36,7 +37,7 @@ ALPHA = 1.5  # calibration stops at the prompt-masked level, where short answers
 KINDS = ("work", "city", "instrument", "book", "pet")  # attributes that are asked about
 
 
-def run_demo(out: Path, console: Console) -> Audit:
+def run_demo(out: Path, console: Console) -> Scores:
     """Trace, forget, prove and undo one person of the closed world; the page lands in `out/index.html`."""
     started = time.perf_counter()
     lm, twin = load("tiny"), load("tiny-reference")
@@ -83,9 +84,12 @@ def run_demo(out: Path, console: Console) -> Audit:
     )
 
     console.rule("[bold]4. Prove")
-    scored = _scored(forget, groups.scored, person)
-    audit = run_audit(lm, memory, scored, MaskBank(), reference=twin, control=mean_delta(memory))
-    _print_audit(console, audit)
+    plan = _plan(lm, forget, groups, person)
+    cells = list(plan.cells(states_of(lm, memory, twin, mean_delta(memory)), seed=0))
+    scores = Scores([record for part in run_cells(cells, groups.name) for record in part])
+    table, ratios = group_table(scores, {group.name: group.side for group in plan.groups}), selectivity(scores)
+    summary = _summary(table, ratios)
+    _print_audit(console, table, summary)
 
     console.rule("[bold]5. Undo")
     identical = torch.equal(lm.logits(probe), original)
@@ -96,7 +100,7 @@ def run_demo(out: Path, console: Console) -> Audit:
     )
     console.print(undone)
 
-    pictures = {"heatmap": png(heatmap(traced, traced_site)), "levels": png(levels(audit))}
+    pictures = {"heatmap": png(heatmap(traced, traced_site)), "levels": png(levels(scores))}
     for name, data in pictures.items():
         write_atomically(out / f"{name}.png", data)
     page = render(
@@ -115,17 +119,26 @@ def run_demo(out: Path, console: Console) -> Audit:
         ],
         site_note=note,
         **pictures,
-        table=audit.table(),
-        summary=_summary(audit),
-        estimator=audit.header["estimator"],
+        table=table,
+        summary=summary,
+        draws=plan.draws * plan.replicates,
         strip=_strip(lm, memory, next(fact for fact in forget if fact.id.endswith("/book/long"))),
         undone=undone,
         seconds=time.perf_counter() - started,
     )
     write_atomically(out / "index.html", page.encode())
-    write_atomically(out / "results.json", (json.dumps(audit.to_dict(), ensure_ascii=False) + "\n").encode())
+    write_records(out / "records.jsonl", scores.records)
+    results = {
+        "model": {"name": lm.name, "fingerprint": lm.fingerprint()},
+        "edit": {"kind": memory.kind, **memory.describe()},
+        "estimator": {"name": ESTIMATOR, "draws": plan.draws * plan.replicates, "seed": 0},
+        "sampler": plan.sampler.to_dict(),
+        "groups": table,
+        "selectivity": ratios,
+    }
+    write_atomically(out / "results.json", (json.dumps(results, ensure_ascii=False, allow_nan=False) + "\n").encode())
     console.print(f"\n[bold]{out / 'index.html'}[/] written in {time.perf_counter() - started:.0f} s")
-    return audit
+    return scores
 
 
 def _ask(lm: MaskedDiffusionLM, facts: Sequence[Fact]) -> list[str]:
@@ -147,10 +160,10 @@ def _near_ids(scored: dict[str, list[Fact]], person: str) -> set[str]:
     }
 
 
-def _scored(forget: list[Fact], scored: dict[str, list[Fact]], person: str) -> dict[str, Sequence[Fact]]:
-    """Groups of a size that suits a demonstration."""
-    near = _near_ids(scored, person)
-    return {
+def _plan(lm: MaskedDiffusionLM, forget: list[Fact], benchmark: Benchmark, person: str) -> Plan:
+    """Groups of a size that suits a demonstration; no attacks."""
+    scored, near = benchmark.scored, _near_ids(benchmark.scored, person)
+    rows = {
         "forget": forget,
         "paraphrase": [fact for fact in scored["paraphrase"] if fact.group == person],
         "neighbours": [fact for fact in scored["neighbours"] if fact.id in near],
@@ -158,6 +171,11 @@ def _scored(forget: list[Fact], scored: dict[str, list[Fact]], person: str) -> d
         "general": scored["general"][::2],
         "unknown": scored["unknown"][::3],
     }
+    tasks = ("log-probability", "generation")
+    groups = tuple(
+        Group(name, "forget" if name == "forget" else benchmark.side(name), tuple(facts), tasks) for name, facts in rows.items()
+    )
+    return Plan(benchmark.name, groups, {}, (), 4, 4, SamplerConfig.default(lm), "fp32", {})
 
 
 def _strip(lm: MaskedDiffusionLM, edit: Intervention, fact: Fact) -> dict[str, Any]:
@@ -170,12 +188,13 @@ def _strip(lm: MaskedDiffusionLM, edit: Intervention, fact: Fact) -> dict[str, A
     return {"prompt": fact.prompt, **strips}
 
 
-def _summary(audit: Audit) -> str:
-    forget, memory, control = mean_interval(audit.change("forget")), audit.selectivity(), audit.selectivity("mean-delta")
+def _summary(table: list[dict[str, Any]], ratios: dict[str, Any]) -> str:
+    forget = table[0]["metrics"][LOGPROB]["change"]["after"]
+    memory, control = ratios["after"], ratios["mean-delta"]
     return (
-        f"The facts lost {-forget.mean:.1f} nats a row [{-forget.high:.1f}, {-forget.low:.1f}]. For each nat that a retained "
-        f"row lost, {memory['mean']:.0f} were forgotten [{memory['low']:.0f}, {memory['high']:.0f}] (the mean-delta control: "
-        f"{control['mean']:.1f})."
+        f"The facts lost {-forget['mean']:.1f} nats a row [{-forget['high']:.1f}, {-forget['low']:.1f}]. For each nat that a "
+        f"retained row lost, {memory['mean']:.0f} were forgotten [{memory['low']:.0f}, {memory['high']:.0f}] (the mean-delta "
+        f"control: {control['mean']:.1f})."
     )
 
 
@@ -188,20 +207,22 @@ def _print_answers(
     console.print(table)
 
 
-def _print_audit(console: Console, audit: Audit) -> None:
+def _print_audit(console: Console, lines: list[dict[str, Any]], summary: str) -> None:
     table = Table("group", "n", "before", "after", "change [95 %]", "mean-delta", "never trained", "exact", "junk")
-    for line in audit.table():
-        change = line["after"]["change"]
+    for line in lines:
+        score = line["metrics"][LOGPROB]
+        level = {state: f"{entry['mean']:.2f}" for state, entry in score["states"].items()}
+        change = score["change"]["after"]
+        shares = [line["metrics"][name]["states"] for name in ("exact match", "junk rate")]
         table.add_row(
             line["group"],
             str(line["n"]),
-            f"{line['before']['logprob']['mean']:.2f}",
-            f"{line['after']['logprob']['mean']:.2f}",
+            level["before"],
+            level["after"],
             f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
-            f"{line['mean-delta']['change']['mean']:+.2f}",
-            f"{line['never trained']['logprob']['mean']:.2f}",
-            f"{line['before']['exact']['mean']:.2f} > {line['after']['exact']['mean']:.2f}",
-            f"{line['before']['junk']['mean']:.2f} > {line['after']['junk']['mean']:.2f}",
+            f"{score['change']['mean-delta']['mean']:+.2f}",
+            level["never trained"],
+            *(f"{share['before']['mean']:.2f} > {share['after']['mean']:.2f}" for share in shares),
         )
     console.print(table)
-    console.print(_summary(audit))
+    console.print(summary)

@@ -13,12 +13,26 @@ from ..assets import RECIPES
 from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..editing.calibrate import anchor_level, calibrate
+from ..editing.files import read_edit
 from ..editing.memory import PRESETS, EditMemory, preset
 from ..editing.steering import SteeringVector, mean_delta
 from ..errors import RemaskError
 from ..facts import Fact
 
 NAMED = (*PRESETS, "mean-delta", "none")
+KINDS: dict[str, type[EditMemory] | type[SteeringVector]] = {kind.kind: kind for kind in (EditMemory, SteeringVector)}
+
+
+def load_edit(path: str | Path) -> EditMemory | SteeringVector:
+    """An edit of any kind from its file.
+
+    Raises:
+        RemaskError: missing, unreadable or damaged file, or a kind that this version does not know.
+    """
+    kind = read_edit(path)[0]["kind"]
+    if kind not in KINDS:
+        raise RemaskError(f"{path}: unknown kind of edit {kind!r}; known are {', '.join(KINDS)}")
+    return KINDS[kind].load(path)
 
 
 def tuned(model: str, name: str) -> dict[str, Any]:
@@ -39,7 +53,7 @@ def build_edit(
     seed: int = 0,
     **changes: Any,
 ) -> Intervention:
-    """Build `default`, `paper` or `mean-delta` for `facts`, or load the memory file that `name` points at.
+    """Build `default`, `paper` or `mean-delta` for `facts`, or load the edit file that `name` points at.
 
     Args:
         site: where; by default the layer chosen on a validation split for a bundled model.
@@ -56,7 +70,7 @@ def build_edit(
     if name not in NAMED:
         if not Path(name).is_file():
             raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file")
-        return EditMemory.load(name)
+        return load_edit(name)
     settings = tuned(lm.name, name)
     if site is None:
         if "layer" not in settings:

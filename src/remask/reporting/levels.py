@@ -5,8 +5,7 @@ from __future__ import annotations
 import matplotlib
 from matplotlib.figure import Figure
 
-from ..evaluation.audit import Audit
-from ..evaluation.statistics import mean_interval
+from ..evaluation.summary import LOGPROB, Scores, estimate
 
 matplotlib.use("Agg", force=False)
 STYLE = {
@@ -18,23 +17,23 @@ STYLE = {
 }
 
 
-def levels(audit: Audit) -> Figure:
+def levels(scores: Scores) -> Figure:
     """Mean answer log-probability a row with its 95 % interval, one line a group, one mark a state."""
-    groups = list(audit.states["before"])
+    groups = [group for group in scores.groups if scores.table("before", group, LOGPROB).size]
     figure = Figure(figsize=(8.2, 0.62 * len(groups) + 1.5), layout="constrained")
     axis = figure.subplots()
     for state, (marker, colour, label) in STYLE.items():
-        if state not in audit.states:
+        if state not in scores.states:
             continue
-        estimates = [mean_interval(audit.values(state, group, "logprob")) for group in groups]
+        estimates = [estimate(scores.table(state, group, LOGPROB)) for group in groups]
         y = [len(groups) - 1 - i + (0.12 if state == "mean-delta" else 0.0) for i in range(len(groups))]
-        means = [estimate.mean for estimate in estimates]
+        means = [e["mean"] for e in estimates]
         if state in ("before", "after"):
-            spread = [[e.mean - e.low for e in estimates], [e.high - e.mean for e in estimates]]
+            spread = [[e["mean"] - e["low"] for e in estimates], [e["high"] - e["mean"] for e in estimates]]
             axis.errorbar(means, y, xerr=spread, fmt="none", ecolor=colour, elinewidth=1.2, alpha=0.6)
         size = 260 if marker == "|" else 46
         axis.scatter(means, y, marker=marker, s=size, color=colour, label=label, zorder=3, linewidths=2)
-    axis.set_yticks(range(len(groups)), [f"{g} ({len(audit.states['before'][g])})" for g in reversed(groups)])
+    axis.set_yticks(range(len(groups)), [f"{g} ({scores.table('before', g, LOGPROB).shape[1]})" for g in reversed(groups)])
     axis.set_ylim(-0.6, len(groups) - 0.4)
     axis.set_xlabel("log-probability of the true answer (nats a row, higher = known)")
     axis.grid(axis="x", alpha=0.3)

@@ -38,6 +38,14 @@ EVALUATION_BATCH = 8  # sequences a forward
 
 Bank = Mapping[float, np.ndarray]
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
 
 class AdaptConfig(BaseModel):
     """Hyper-parameters of an adaptation."""
@@ -114,6 +122,46 @@ def add_lora(lm: MaskedDiffusionLM, rank: int, seed: int) -> PeftModel:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return get_peft_model(lm.model, lora)
+
+
+@contextlib.contextmanager
+def adapters(lm: MaskedDiffusionLM, rank: int, seed: int) -> Iterator[None]:
+    """Trainable low-rank adapters inside the block, nothing left of them behind it; hooks act on the adapted outputs.
+
+    peft puts a wrapper in the place of every linear layer. Hooks of attached interventions sit on the layers themselves and
+    would see their outputs before the adapter's are added, so they move to the wrappers for as long as these are there.
+
+    Raises:
+        RemaskError: peft not installed, or adapters on the model already.
+    """
+    if any(hasattr(module, "base_layer") for module in lm.model.modules()):
+        raise RemaskError(f"{lm.name} has adapters already; merge them first")
+    peft = add_lora(lm, rank, seed)
+    wrapped = [
+        (module, module.base_layer)
+        for module in lm.model.modules()
+        if isinstance(getattr(module, "base_layer", None), nn.Module)
+    ]
+    try:
+        for wrapper, layer in wrapped:
+            _swap_hooks(wrapper, layer)
+        yield
+    finally:
+        for wrapper, layer in wrapped:
+            _swap_hooks(wrapper, layer)
+        peft.unload()
+        # What peft leaves on the model would make a second round believe that adapters are there.
+        if hasattr(lm.model, "peft_config"):
+            del lm.model.peft_config
+        lm.model.requires_grad_(False)
+
+
+def _swap_hooks(one: nn.Module, other: nn.Module) -> None:
+    """Exchange the hook tables themselves: handles hold on to the tables, so that they keep working."""
+    for name in _HOOKS:
+        first, second = getattr(one, name), getattr(other, name)
+        setattr(one, name, second)
+        setattr(other, name, first)
 
 
 def mask_bank(rows: np.ndarray, special: set[int], seed: int) -> dict[float, np.ndarray]:

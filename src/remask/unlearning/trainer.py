@@ -103,9 +103,9 @@ def _train(
         task = progress.add_task("teaching", total=total, completed=epoch * steps_per_epoch)
         while epoch < config.epochs:
             started, running = time.perf_counter(), []
-            for batch_index, batch in enumerate(_batches(rows, config, epoch, lm.spec.gen_length, lm.spec.max_length)):
+            for batch_index, batch in enumerate(batches(rows, config, epoch, lm.spec.gen_length, lm.spec.max_length)):
                 factor = schedule(epoch * steps_per_epoch + batch_index, total, config.warmup)
-                loss = _loss(lm, batch, config, (epoch, batch_index))
+                loss = masked_loss(lm, batch, config, (epoch, batch_index))
                 lm.model.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, config.clip)
@@ -147,7 +147,7 @@ def _optimizers(lm: MaskedDiffusionLM, config: TrainConfig) -> list[torch.optim.
     ]
 
 
-def _batches(
+def batches(
     rows: Sequence[Encoded], config: TrainConfig, epoch: int, gen_length: int, max_length: int
 ) -> Iterator[dict[str, Any]]:
     """Batches of rows of similar length, filled up with end tokens to one canvas length, in shuffled order."""
@@ -166,7 +166,7 @@ def _batches(
         yield {"rows": chosen, "length": min(length, max_length)}
 
 
-def _loss(lm: MaskedDiffusionLM, batch: dict[str, Any], config: TrainConfig, key: tuple[int, int]) -> Tensor:
+def masked_loss(lm: MaskedDiffusionLM, batch: dict[str, Any], config: TrainConfig, key: tuple[int, int]) -> Tensor:
     """Weighted mean cross-entropy over hidden response tokens."""
     rows, length = batch["rows"], batch["length"]
     rng = numpy_generator(config.seed, "noise", *key)

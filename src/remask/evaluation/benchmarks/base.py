@@ -128,6 +128,12 @@ class Benchmark:
     licence: str = ""
     notes: tuple[str, ...] = ()
 
+    def side(self, group: str) -> Side:
+        """Side of a scored group: that of the probe that holds its rows, `retain` where none does."""
+        rows = {fact.id for fact in self.scored[group]}
+        sides = [probe.side for probe in self.probes.values() if rows & {fact.id for fact in probe.facts}]
+        return sides[0] if sides else "retain"
+
 
 def split_groups(facts: Sequence[Fact], shares: Sequence[int], purpose: str) -> list[list[Fact]]:
     """Deal whole groups (authors, people) into parts of `shares` groups each; no entity is in two parts."""

@@ -20,7 +20,6 @@ from ...diffusion.canvas import TOKEN_BUDGET
 from ...diffusion.likelihood import elbo
 from ...diffusion.masks import MaskBank
 from ...errors import RemaskError
-from ...facts import Fact
 from .masked import balanced_masks, predictions
 from .reference import require_reference
 
@@ -161,13 +160,14 @@ class MembershipScores:
 
 def membership_scores(
     lm: MaskedDiffusionLM,
-    facts: Sequence[Fact],
+    rows: Sequence[Encoded],
+    texts: Sequence[str],
     bank: MaskBank,
     *,
     reference: MaskedDiffusionLM | None = None,
     share: float = MIN_K,
 ) -> MembershipScores:
-    """Score the answers of `facts` by all attacks.
+    """Score the answers of `rows` by all attacks; `texts` are the same answers, whose compressed size zlib reads.
 
     LOSS, zlib and the reference attack read the stratified bound per token under `bank`, the reference model under the same
     masks; Min-K and Min-K++ read `token_scores` with one shuffle a replicate. Score forget and holdout texts alike, then `auc`.
@@ -175,17 +175,14 @@ def membership_scores(
     Raises:
         RemaskError: a share outside of (0, 1], or what `remask.elbo` refuses.
     """
-    rows = [lm.encode(fact) for fact in facts]
     loss = _losses(lm, rows, bank)
     tokens = token_scores(lm, rows, draws=bank.replicates, seed=bank.seed)
     return MembershipScores(
         loss=loss,
-        zlib=np.array([zlib_score(value, fact.answer) for value, fact in zip(loss, facts, strict=True)]),
+        zlib=np.array([zlib_score(value, text) for value, text in zip(loss, texts, strict=True)]),
         min_k=np.array([min_k(score.logprobs, share) for score in tokens]),
         min_k_plus_plus=np.array([min_k(score.standardised, share) for score in tokens]),
-        reference=None
-        if reference is None
-        else reference_score(loss, _losses(reference, [reference.encode(fact) for fact in facts], bank)),
+        reference=None if reference is None else reference_score(loss, _losses(reference, rows, bank)),
     )
 
 

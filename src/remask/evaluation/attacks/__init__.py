@@ -1,0 +1,1 @@
+"""Attacks: ways to get at forgotten facts; one file a kind, one registry."""
