@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from remask.reporting.numbers import interval
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "src" / "remask" / "assets" / "models"
@@ -60,11 +62,7 @@ def attack_table() -> str:
     for line in result["attacks"]:
         digits = 1 if line["measure"] == LOGPROB else 2
         levels = [f"{line[key]:.{digits}f}" for key in ("before", "after", "never")]
-        gained = (
-            f"{line['regained']:.0f} % [{line['low']:.0f}, {line['high']:.0f}]"
-            if line["regained"] is not None
-            else line["note"]
-        )
+        gained = line["note"] if line["regained"] is None else interval({"mean": line["regained"], **line}, 0, unit=" %")
         read = "nats a row" if line["measure"] == LOGPROB else "share of the text"
         lines.append("| " + " | ".join([line["attack"], str(line["n"]), read, *levels, gained]) + " |")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -420,14 +421,18 @@ def audit_run(
     extraction: Annotated[bool, typer.Option(help="also measure extraction strength (slow)")] = False,
     attack_rows: Annotated[int, typer.Option(min=1, help="rows that attacks on the sampler are run on")] = 24,
     text: Annotated[bool, typer.Option(help="keep generated answers in the records")] = True,
+    processes: Annotated[int, typer.Option(min=1, help="processes on this machine that share the work, by torchrun")] = 1,
     load_options: Load = None,
     as_json: Json = False,
 ) -> None:
     """Measure what an edit forgot and what it cost, against the never-trained level and under attack.
 
-    A killed audit goes on where it was when the same command runs again. Start it with `torchrun --nproc-per-node N -m remask
-    audit ...` (or `accelerate launch` on several GPUs) to share the work between processes.
+    A killed audit goes on where it was when the same command runs again. On several machines or GPUs start it with
+    `accelerate launch -m remask audit ...`.
     """
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        _torchrun(processes)
+        return
     from .experiments.audits import AuditConfig, run_benchmark
     from .reporting.tables import audit_tables
 
@@ -478,6 +483,17 @@ def audit_diff(
         return
     for table in diff_tables(result):
         console.print(table)
+
+
+def _torchrun(processes: int) -> None:
+    """This very command line in several processes."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as run
+
+    try:
+        run(["--standalone", "--nproc-per-node", str(processes), "-m", "remask", *sys.argv[1:]])
+    except ChildFailedError:  # the process that failed has said why
+        raise typer.Exit(2) from None
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

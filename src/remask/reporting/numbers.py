@@ -22,9 +22,10 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def interval(e: Mapping[str, Any], digits: int, sign: bool = False) -> str:
+def interval(e: Mapping[str, Any], digits: int, sign: bool = False, unit: str = "") -> str:
     """An estimate as mean [low, high]."""
-    return f"{number(e['mean'], digits, sign)} [{number(e['low'], digits, sign)}, {number(e['high'], digits, sign)}]"
+    low, high = (number(e[key], digits, sign) for key in ("low", "high"))
+    return f"{number(e['mean'], digits, sign)}{unit} [{low}, {high}]"
 
 
 def p_value(change: Mapping[str, Any] | None) -> str:

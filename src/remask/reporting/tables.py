@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ..evaluation.summary import LOGPROB
+from .numbers import interval
 
 
 def audit_tables(result: dict[str, Any]) -> list[Table | str]:
@@ -73,7 +74,7 @@ def _attack_rows(lines: list[dict[str, Any]]) -> Table:
     for line in lines:
         digits = 1 if line["measure"] == LOGPROB else 2
         levels = ["-" if line[key] is None else f"{line[key]:.{digits}f}" for key in ("before", "after", "never")]
-        gained = "-" if line["regained"] is None else f"{line['regained']:.0f} % [{line['low']:.0f}, {line['high']:.0f}]"
+        gained = "-" if line["regained"] is None else interval({"mean": line["regained"], **line}, 0, unit=" %")
         table.add_row(f"{line['attack']} ({line['n']})", *levels, gained)
     return table
 
