@@ -27,6 +27,7 @@ from ..evaluation.summary import LOGPROB, Scores, group_table, selectivity
 from ..facts import Fact, write_atomically
 from ..reporting import levels, render
 from ..reporting.html import denoising_strip
+from ..reporting.tables import group_tables
 from ..tracing import TraceConfig, choose_site, heatmap, trace
 from ..tracing.plots import png
 from .edits import build_edit, tuned
@@ -89,7 +90,8 @@ def run_demo(out: Path, console: Console) -> Scores:
     scores = Scores([record for part in run_cells(cells, groups.name) for record in part])
     table, ratios = group_table(scores, {group.name: group.side for group in plan.groups}), selectivity(scores)
     summary = _summary(table, ratios)
-    _print_audit(console, table, summary)
+    for part in (*group_tables(table, "control: a mean-delta vector of equal strength"), summary):
+        console.print(part)
 
     console.rule("[bold]5. Undo")
     identical = torch.equal(lm.logits(probe), original)
@@ -205,24 +207,3 @@ def _print_answers(
     for i, fact in enumerate(facts):
         table.add_row(*([who[i]] if who else []), fact.prompt, *(values[i] or "(empty)" for values in columns.values()))
     console.print(table)
-
-
-def _print_audit(console: Console, lines: list[dict[str, Any]], summary: str) -> None:
-    table = Table("group", "n", "before", "after", "change [95 %]", "mean-delta", "never trained", "exact", "junk")
-    for line in lines:
-        score = line["metrics"][LOGPROB]
-        level = {state: f"{entry['mean']:.2f}" for state, entry in score["states"].items()}
-        change = score["change"]["after"]
-        shares = [line["metrics"][name]["states"] for name in ("exact match", "junk rate")]
-        table.add_row(
-            line["group"],
-            str(line["n"]),
-            level["before"],
-            level["after"],
-            f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
-            f"{score['change']['mean-delta']['mean']:+.2f}",
-            level["never trained"],
-            *(f"{share['before']['mean']:.2f} > {share['after']['mean']:.2f}" for share in shares),
-        )
-    console.print(table)
-    console.print(summary)

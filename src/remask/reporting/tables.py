@@ -11,10 +11,8 @@ from ..evaluation.summary import LOGPROB
 from .numbers import interval
 
 
-def audit_tables(result: dict[str, Any]) -> list[Table | str]:
-    """The summary for a terminal: log-probabilities, generations, attacks, and what they amount to."""
-    summary, edit = result["summary"], result["edit"]
-    title = f"{result['model']['name']}, {result['benchmark']['name']}, edit {edit['name']}, {len(edit['seeds'])} seed(s)"
+def group_tables(lines: list[dict[str, Any]], title: str) -> list[Table]:
+    """Log-probabilities, and what generations and the levels of not knowing say, a line each group."""
     likelihood, text = Table(title=title), Table(title="levels of not knowing, and greedy answers before > after")
     for table, columns in (
         (likelihood, ("group", "n", "before", "after", "change [95 %]", "control")),
@@ -22,23 +20,30 @@ def audit_tables(result: dict[str, Any]) -> list[Table | str]:
     ):
         for column in columns:
             table.add_column(column, justify="left" if column == "group" else "right", no_wrap=True)
-    for line in result["groups"]:
+    for line in lines:
         if LOGPROB not in line["metrics"] or "after" not in line["metrics"][LOGPROB]["change"]:
             continue
         score = line["metrics"][LOGPROB]
-        change, control = score["change"]["after"], score["change"].get("mean-delta")
+        control = score["change"].get("mean-delta")
         likelihood.add_row(
             line["group"],
             str(line["n"]),
             _mean(score, "before"),
             _mean(score, "after"),
-            f"{change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]",
+            interval(score["change"]["after"], 2, sign=True),
             "-" if control is None else f"{control['mean']:+.2f}",
         )
         shares = [_arrow(line["metrics"].get(metric)) for metric in ("exact match", "ROUGE-L recall", "junk rate")]
         text.add_row(line["group"], _mean(score, "never trained"), _mean(score, "prompt masked"), *shares)
+    return [likelihood, text]
+
+
+def audit_tables(result: dict[str, Any]) -> list[Table | str]:
+    """The summary for a terminal: log-probabilities, generations, attacks, and what they amount to."""
+    summary, edit = result["summary"], result["edit"]
+    title = f"{result['model']['name']}, {result['benchmark']['name']}, edit {edit['name']}, {len(edit['seeds'])} seed(s)"
     tests = result["tests"]
-    parts: list[Table | str] = [likelihood, text]
+    parts: list[Table | str] = [*group_tables(result["groups"], title)]
     if result["attacks"]:
         parts.append(_attack_rows(result["attacks"]))
         parts += _unmeasured(result["attacks"])
