@@ -78,6 +78,8 @@ def test_everything_is_written(done: tuple[Path, dict[str, Any]]) -> None:
     assert len(forget["states"]["after"]["seeds"]) == 2
     attacks = {line["attack"]: line for line in result["attacks"]}
     assert attacks["edit off"]["regained"] == pytest.approx(100)
+    forget = {f"whp/forget/{i:04d}" for i in range(2)}
+    assert all(line["n"] + len(line["left_out"]) == 2 and set(line["left_out"]) <= forget for line in attacks.values())
     assert {"prefill 25 %", "guidance 1.5", "4-bit weights"} <= set(attacks)
     assert result["command"].startswith(f"remask audit {folder.parent / 'model'} --benchmark whp --edit default --data DIR")
 

@@ -228,26 +228,25 @@ def _auc(members: np.ndarray, others: np.ndarray) -> dict[str, Any]:
     return Estimate(auc(members, others), float(low), float(high), len(members)).to_dict()
 
 
-def attack_table(
-    scores: Scores, described: Mapping[str, Mapping[str, Any]], measures: Mapping[str, str]
-) -> list[dict[str, Any]]:
+def attack_table(scores: Scores, attacks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What each attack regains of what was forgotten, in per cent, with the removal of the edit as the last line.
 
     Args:
-        described: attack name -> its parameters.
-        measures: attack name -> `answer log-probability` or `recovered`, which is compared with plain ROUGE-L recall.
+        attacks: name (`attack`), parameters (`describe`), ids of the rows that it was to be run on (`rows`), and what it is
+            read off (`measure`): `answer log-probability`, or `recovered`, which is compared with plain ROUGE-L recall.
     """
     never = "never trained" if "never trained" in scores.states else None
     lines = []
-    for name, parameters in described.items():
-        measure = measures[name]
+    for attack in attacks:
+        measure = attack["measure"]
         floor = never or ("prompt masked" if measure == LOGPROB else None)
         plain = _levels(scores, LOGPROB if measure == LOGPROB else "ROUGE-L recall", "", floor)
-        lines.append(_attack_line(name, parameters, measure, floor, plain, _levels(scores, measure, name, floor)))
+        lines.append(_attack_line(attack, floor, plain, _levels(scores, measure, attack["attack"], floor)))
     floor = never or "prompt masked"
     plain = _levels(scores, LOGPROB, "", floor)
     off = Levels(plain.ids, plain.before, plain.before, plain.floor)
-    return [*lines, _attack_line("edit off", {"kind": "edit off"}, LOGPROB, floor, plain, off)] if lines else []
+    control = {"attack": "edit off", "describe": {"kind": "edit off"}, "measure": LOGPROB, "rows": plain.ids}
+    return [*lines, _attack_line(control, floor, plain, off)] if lines else []
 
 
 def _levels(scores: Scores, metric: str, attack: str, floor: str | None) -> Levels:
@@ -259,23 +258,18 @@ def _levels(scores: Scores, metric: str, attack: str, floor: str | None) -> Leve
     return Levels(ids, values[0], values[1], values[2] if floor else np.zeros(len(ids)))
 
 
-def _attack_line(
-    name: str, parameters: Mapping[str, Any], measure: str, floor: str | None, plain: Levels, attacked: Levels
-) -> dict[str, Any]:
+def _attack_line(attack: Mapping[str, Any], floor: str | None, plain: Levels, attacked: Levels) -> dict[str, Any]:
     result = regained(plain, attacked)
-    means = {
-        key: _number(float(np.mean(getattr(attacked, key)))) if len(attacked.ids) else None
-        for key in ("before", "after", "floor")
-    }
+    levels = {"before": attacked.before, "after": attacked.after, "never": attacked.floor}
+    reached = set(attacked.ids)
     return {
-        "attack": name,
-        "describe": dict(parameters),
-        "measure": measure,
+        "attack": attack["attack"],
+        "describe": dict(attack["describe"]),
+        "measure": attack["measure"],
         "n": len(attacked.ids),
+        "left_out": [name for name in attack["rows"] if name not in reached],
         "floor": floor or "nothing recovered",
-        "before": means["before"],
-        "after": means["after"],
-        "never": means["floor"],
+        **{key: float(np.asarray(values).mean()) if reached else None for key, values in levels.items()},
         **{key: _number(value) for key, value in asdict(result).items() if key not in ("n", "note")},
         "note": result.note or None,
     }

@@ -300,7 +300,10 @@ class _Builder:
                 "note": self.note(),
                 "seeds": [{"kind": edit.kind, **edit.describe()} for edit in edits],
             },
-            "attacks": [{"attack": a.name, "measure": a.measure, "describe": a.describe()} for a, _ in plan.attacks],
+            "attacks": [
+                {"attack": a.name, "measure": a.measure, "describe": a.describe(), "rows": [fact.id for fact in facts]}
+                for a, facts in plan.attacks
+            ],
             "estimator": {
                 "name": ESTIMATOR,
                 "draws": plan.draws * plan.replicates,
@@ -354,7 +357,6 @@ def summarise(header: Mapping[str, Any], records: list[Record]) -> dict[str, Any
     scores = Scores(records)
     sides = header["benchmark"]["sides"]
     groups = group_table(scores, sides)
-    attacks = {line["attack"]: line for line in header["attacks"]}
     return {
         **{key: value for key, value in header.items() if key != "attacks"},
         "groups": groups,
@@ -365,11 +367,7 @@ def summarise(header: Mapping[str, Any], records: list[Record]) -> dict[str, Any
             "model_utility": utilities(scores),
             "membership": memberships(scores, sides),
         },
-        "attacks": attack_table(
-            scores,
-            {name: line["describe"] for name, line in attacks.items()},
-            {name: line["measure"] for name, line in attacks.items()},
-        ),
+        "attacks": attack_table(scores, header["attacks"]),
         "tests": tests_used(groups),
     }
 

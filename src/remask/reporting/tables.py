@@ -80,7 +80,9 @@ def _attack_rows(lines: list[dict[str, Any]]) -> Table:
         digits = 1 if line["measure"] == LOGPROB else 2
         levels = ["-" if line[key] is None else f"{line[key]:.{digits}f}" for key in ("before", "after", "never")]
         gained = "-" if line["regained"] is None else interval({"mean": line["regained"], **line}, 0, unit=" %")
-        table.add_row(f"{line['attack']} ({line['n']})", *levels, gained)
+        total = line["n"] + len(line["left_out"])
+        count = str(line["n"]) if not line["left_out"] else f"{line['n']} of {total}"
+        table.add_row(f"{line['attack']} ({count})", *levels, gained)
     return table
 
 
