@@ -75,7 +75,7 @@ def audit_tables(result: dict[str, Any]) -> list[Table | str]:
 def _attack_rows(lines: list[dict[str, Any]]) -> Table:
     table = Table(title="what attacks regain of what was forgotten (nats a row, or share of the text)", box=box.SIMPLE_HEAD)
     for column in ("attack", "before", "after", "floor", "regained [95 %]"):
-        table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=True)
+        table.add_column(column, justify="left" if column == "attack" else "right", no_wrap=column != "attack")
     for line in lines:
         digits = 1 if line["measure"] == LOGPROB else 2
         levels = ["-" if line[key] is None else f"{line[key]:.{digits}f}" for key in ("before", "after", "never")]
