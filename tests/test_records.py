@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from remask.errors import RemaskError
-from remask.evaluation.records import SCHEMA, Record, Source, read_records, select, write_records
+from remask.evaluation.records import SCHEMA, Record, Source, read_records, write_records
 
 LIKELIHOOD = Source("m0", "e1", "default", 3, "bf16 autocast", "elbo", 8, "b2")
 TEXT = Source("m0", sampler={"gen_length": 16, "steps": None})
@@ -88,8 +88,6 @@ def test_missing_file_names_the_remedy(tmp_path: Path) -> None:
         read_records(tmp_path / "none.jsonl")
 
 
-def test_select_reads_record_and_source(path: Path) -> None:
-    records = read_records(path)
-    assert select(records, seed=3) == records[:1]
-    assert select(records, state="before", metric="output") == records[1:2]
+def test_record_and_source_share_no_field() -> None:
+    """They stand side by side in a line."""
     assert not {item.name for item in fields(Record)} & {item.name for item in fields(Source)}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -144,12 +144,3 @@ def _record(row: dict[str, Any]) -> Record:
     }
     own["replicates"] = own["replicates"] and tuple(own["replicates"])
     return Record(**own, source=source)
-
-
-def select(records: Sequence[Record], **wanted: Any) -> list[Record]:
-    """Records whose fields (or their source's) equal `wanted`, in order."""
-    return [
-        record
-        for record in records
-        if all((getattr(record.source, k) if k in _SOURCE else getattr(record, k)) == v for k, v in wanted.items())
-    ]

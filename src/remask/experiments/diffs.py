@@ -14,7 +14,7 @@ from ..evaluation.statistics import bootstrap_interval, holm, paired_permutation
 from ..evaluation.summary import Scores
 from .audits import read_header
 
-SHARED = ("benchmark", "estimator", "draws", "bank", "sampler", "precision")
+SHARED = ("estimator", "draws", "bank", "sampler", "precision")  # what two values must have in common to be subtracted
 
 
 def diff_audits(first: Path, second: Path) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def _check_protocol(headers: list[dict[str, Any]], tables: list[Scores]) -> None
                 if list(rows[0]) != list(rows[1]):
                     raise RemaskError(f"two protocols cannot be compared: group {group!r} holds other rows")
                 sources = [next(iter(row.values())).source for row in rows]
-                for field in SHARED[1:]:
+                for field in SHARED:
                     first, second = (getattr(source, field) for source in sources)
                     if first != second:
                         raise RemaskError(
