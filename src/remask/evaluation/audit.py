@@ -98,7 +98,7 @@ class Cell:
             "group": self.group.name,
             "task": self.task,
             "rows": [asdict(row) for row in self.rows],
-            "known": sorted((name, asdict(fact)["answer"]) for name, fact in setting.known.items()),
+            "known": sorted((name, fact.answer) for name, fact in setting.known.items()),
             "context": setting.context,
             "attack": None if attack is None else [attack.name, attack.describe(), setting.answered],
             "bank": asdict(setting.bank),

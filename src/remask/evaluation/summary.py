@@ -270,7 +270,7 @@ def _attack_line(attack: Mapping[str, Any], floor: str | None, plain: Levels, at
         "left_out": [name for name in attack["rows"] if name not in reached],
         "floor": floor or "nothing recovered",
         **{key: float(np.asarray(values).mean()) if reached else None for key, values in levels.items()},
-        **{key: _number(value) for key, value in asdict(result).items() if key not in ("n", "note")},
+        **{key: _number(value) for key, value in result.to_dict().items() if key not in ("n", "note")},
         "note": result.note or None,
     }
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 
 from ...backbones.model import Encoded, MaskedDiffusionLM
 from ...diffusion.likelihood import elbo
-from ...diffusion.masks import MaskBank
 from ...diffusion.sampler import SamplerConfig
 from ...errors import TooLongError
 from ...facts import Fact
 from ..generation import answers
 from ..metrics.text import rouge_l_recall
-from .base import Attempt
+from .base import Attempt, Terms
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,8 @@ def encode(
 def ask(
     lm: MaskedDiffusionLM,
     asked: Sequence[Asked],
-    bank: MaskBank,
-    sampler: SamplerConfig,
+    terms: Terms,
     *,
-    generate: bool,
-    hide_prompt: bool,
     cfg_scale: float = 0.0,
 ) -> list[Attempt]:
     """Log-probability (the bound of `elbo`) of every answer and, on request, a generation with its ROUGE-L recall.
@@ -83,19 +79,16 @@ def ask(
     Args:
         lm: the model in the state that is attacked.
         asked: rows that fit.
-        bank: masks, keyed by row id.
-        sampler: of the generation.
-        generate: also answer, unless `hide_prompt`.
-        hide_prompt: mask the prompt.
+        terms: bank, sampler of the generation, whether to answer (not with the prompt hidden), whether to hide the prompt.
         cfg_scale: guidance of the log-probability; the generation's is the sampler's.
     """
     rows = [item.row for item in asked]
     # With the prompt hidden both branches of guidance are the same canvas, and guidance changes nothing.
-    scores = elbo(lm, rows, bank, hide_prompt=hide_prompt, cfg_scale=0.0 if hide_prompt else cfg_scale)
+    scores = elbo(lm, rows, terms.bank, hide_prompt=terms.hide_prompt, cfg_scale=0.0 if terms.hide_prompt else cfg_scale)
     attempts = [Attempt(score.id, score.tokens, score.logprob, score.stderr) for score in scores]
-    if not generate or hide_prompt:
+    if not terms.generate or terms.hide_prompt:
         return attempts
-    replies = reply(lm, asked, sampler)
+    replies = reply(lm, asked, terms.sampler)
     return [Attempt(a.id, a.tokens, a.logprob, a.stderr, b.output, b.recovered) for a, b in zip(attempts, replies, strict=True)]
 
 

@@ -39,6 +39,16 @@ class Attempt:
     recovered: float | None = None
 
 
+@dataclass(frozen=True)
+class Terms:
+    """The options of `Attack.attempt`, which it explains."""
+
+    bank: MaskBank
+    sampler: SamplerConfig
+    generate: bool
+    hide_prompt: bool
+
+
 class Attack(ABC):
     """One attack with its parameters.
 
@@ -60,7 +70,6 @@ class Attack(ABC):
         """Whether the fact has what the attack needs."""
         return True
 
-    @abstractmethod
     def attempt(
         self,
         lm: MaskedDiffusionLM,
@@ -82,3 +91,8 @@ class Attack(ABC):
             hide_prompt: log-probability with the question masked (not what an attack reveals of the answer), and no
                 generation: attempts of an attack that is measured by `recovered` are empty then.
         """
+        return self.run(lm, facts, Terms(bank, sampler, generate, hide_prompt))
+
+    @abstractmethod
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
+        """What `attempt` does, its options in one piece."""

@@ -24,7 +24,7 @@ from ...facts import Fact
 from ..metrics.masked import shuffled
 from ..metrics.text import rouge_l_recall
 from .asking import encode
-from .base import Attack, Attempt
+from .base import Attack, Attempt, Terms
 
 Filled = tuple[str, float]  # output, recovered
 
@@ -77,30 +77,20 @@ class Revealed(Attack):
     ) -> list[Filled]:
         """Generate what is hidden: output and recovered share of each row."""
 
-    def attempt(
-        self,
-        lm: MaskedDiffusionLM,
-        facts: Sequence[Fact],
-        bank: MaskBank,
-        sampler: SamplerConfig,
-        *,
-        generate: bool,
-        hide_prompt: bool = False,
-    ) -> list[Attempt]:
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
         """Log-probability of the hidden tokens given the shown ones, and on request a generation.
 
         With h hidden tokens, E_{l ~ U{1..h}} E_{|M| = l} [ (h / l) sum_{i in M} log p(a_i | q, a without M) ] over subsets M of
         them: the bound of `elbo` on log p(hidden | q, shown), in nats. `hide_prompt` masks the question, not what is shown.
         """
-        rows = [item.row for item in encode(lm, facts, sampler) if len(item.row.answer_ids) > 1]
+        rows = [item.row for item in encode(lm, facts, terms.sampler) if len(item.row.answer_ids) > 1]
         hidden = [self.hidden(row) for row in rows]
-        masks = HiddenBank(
-            bank.draws, bank.replicates, bank.seed, {row.id: mask for row, mask in zip(rows, hidden, strict=True)}
-        )
-        scores = elbo(lm, rows, masks, hide_prompt=hide_prompt)
+        places = {row.id: mask for row, mask in zip(rows, hidden, strict=True)}
+        masks = HiddenBank(terms.bank.draws, terms.bank.replicates, terms.bank.seed, places)
+        scores = elbo(lm, rows, masks, hide_prompt=terms.hide_prompt)
         filled: list[Filled] | list[tuple[None, None]] = [(None, None)] * len(rows)
-        if generate and not hide_prompt:
-            filled = self.fill(lm, rows, hidden, sampler)
+        if terms.generate and not terms.hide_prompt:
+            filled = self.fill(lm, rows, hidden, terms.sampler)
         attempts = []
         for score, mask, (output, recovered) in zip(scores, hidden, filled, strict=True):
             # `elbo` weights a mask of l tokens by L / l; only the h hidden ones are scored, so the weight is h / l.

@@ -18,15 +18,13 @@ import torch
 from torch import nn
 
 from ...backbones.model import Encoded, MaskedDiffusionLM
-from ...diffusion.masks import MaskBank
-from ...diffusion.sampler import SamplerConfig
 from ...errors import RemaskError
 from ...facts import Fact
 from ...random import digest, numpy_generator
 from ...unlearning.adapting import adapters
 from ...unlearning.trainer import TrainConfig, batches, masked_loss, schedule
 from .asking import ask, encode
-from .base import Attack, Attempt
+from .base import Attack, Attempt, Terms
 
 
 class Relearning(Attack):
@@ -94,29 +92,20 @@ class Relearning(Attack):
         trained = [fact for fact in pool if fact.id in chosen]
         return trained, list(facts) if self.source == "retain" else [fact for fact in pool if fact.id not in chosen]
 
-    def attempt(
-        self,
-        lm: MaskedDiffusionLM,
-        facts: Sequence[Fact],
-        bank: MaskBank,
-        sampler: SamplerConfig,
-        *,
-        generate: bool,
-        hide_prompt: bool = False,
-    ) -> list[Attempt]:
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
         """Train, score and answer the facts that were not trained on, and take the adapters off.
 
         Raises:
             RemaskError: loss not finite, peft not installed, or adapters on the model already.
         """
         trained, asked = self.split(facts)
-        rows = [item.row for item in encode(lm, trained, sampler)]
-        remaining = encode(lm, asked, sampler)
+        rows = [item.row for item in encode(lm, trained, terms.sampler)]
+        remaining = encode(lm, asked, terms.sampler)
         if not rows or not remaining:
             return []
         with adapters(lm, self.rank, self.seed):
             self._train(lm, rows)
-            return ask(lm, remaining, bank, sampler, generate=generate, hide_prompt=hide_prompt)
+            return ask(lm, remaining, terms)
 
     def _train(self, lm: MaskedDiffusionLM, rows: Sequence[Encoded]) -> None:
         config = TrainConfig(

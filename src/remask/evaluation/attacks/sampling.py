@@ -12,12 +12,11 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ...backbones.model import MaskedDiffusionLM
-from ...diffusion.masks import MaskBank
 from ...diffusion.sampler import SamplerConfig
 from ...errors import RemaskError
 from ...facts import Fact
 from .asking import ask, encode, reply
-from .base import Attack, Attempt, Measure
+from .base import Attack, Attempt, Measure, Terms
 
 FIELDS = frozenset(item.name for item in fields(SamplerConfig))
 
@@ -53,20 +52,11 @@ class SamplerChange(Attack):
         """Kind and changed fields."""
         return {"kind": "sampler", **self.changes}
 
-    def attempt(
-        self,
-        lm: MaskedDiffusionLM,
-        facts: Sequence[Fact],
-        bank: MaskBank,
-        sampler: SamplerConfig,
-        *,
-        generate: bool,
-        hide_prompt: bool = False,
-    ) -> list[Attempt]:
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
         """Answer every fact; with `hide_prompt` there is nothing to measure and the attempts are empty."""
-        settings = self.changed(sampler)
-        asked = encode(lm, facts, sampler)
-        if hide_prompt:
+        settings = self.changed(terms.sampler)
+        asked = encode(lm, facts, terms.sampler)
+        if terms.hide_prompt:
             return [Attempt(item.row.id, len(item.row.answer_ids)) for item in asked]
         return reply(lm, asked, settings)
 
@@ -142,17 +132,8 @@ class Guidance(Attack):
         """Kind and scale."""
         return {"kind": "guidance", "cfg_scale": self.scale}
 
-    def attempt(
-        self,
-        lm: MaskedDiffusionLM,
-        facts: Sequence[Fact],
-        bank: MaskBank,
-        sampler: SamplerConfig,
-        *,
-        generate: bool,
-        hide_prompt: bool = False,
-    ) -> list[Attempt]:
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
         """Score and answer every fact under guidance."""
-        guided = replace(sampler, cfg_scale=self.scale)
-        asked = encode(lm, facts, sampler)
-        return ask(lm, asked, bank, guided, generate=generate, hide_prompt=hide_prompt, cfg_scale=self.scale)
+        guided = replace(terms, sampler=replace(terms.sampler, cfg_scale=self.scale))
+        asked = encode(lm, facts, terms.sampler)
+        return ask(lm, asked, guided, cfg_scale=self.scale)

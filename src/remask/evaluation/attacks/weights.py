@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...backbones.model import MaskedDiffusionLM
-from ...diffusion.masks import MaskBank
-from ...diffusion.sampler import SamplerConfig
 from ...errors import RemaskError
 from ...facts import Fact
 from .asking import ask, encode
-from .base import Attack, Attempt
+from .base import Attack, Attempt, Terms
 
 BITS = (8, 4)
 GROUP = 64
@@ -108,16 +106,7 @@ class Quantised(Attack):
         """Kind and parameters."""
         return {"kind": "quantised", "bits": self.bits, "group_size": self.group_size}
 
-    def attempt(
-        self,
-        lm: MaskedDiffusionLM,
-        facts: Sequence[Fact],
-        bank: MaskBank,
-        sampler: SamplerConfig,
-        *,
-        generate: bool,
-        hide_prompt: bool = False,
-    ) -> list[Attempt]:
+    def run(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], terms: Terms) -> list[Attempt]:
         """Score and answer every fact as it stands."""
         with quantised(lm, self.bits, self.group_size):
-            return ask(lm, encode(lm, facts, sampler), bank, sampler, generate=generate, hide_prompt=hide_prompt)
+            return ask(lm, encode(lm, facts, terms.sampler), terms)
