@@ -23,7 +23,7 @@ from remask.backbones import MaskedDiffusionLM, load
 from remask.evaluation.benchmarks.tofu import ROWS_PER_AUTHOR, load_tofu
 from remask.experiments.adapting import SCORED, adapt, curve_figure, sequences, split_groups
 from remask.facts import write_atomically
-from remask.tracing.plots import png
+from remask.figures import png
 from remask.unlearning.adapting import AdaptConfig, Bank, evaluate, mask_bank, special_ids
 
 ROOT = Path(__file__).parent.parent

@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from remask.evaluation import summary
 from remask.evaluation.records import Record, Source
 from remask.evaluation.summary import Scores
+from remask.figures import png
 from remask.reporting.audit import SHOWN, audit_figures, audit_page
-from remask.tracing.plots import png
 
 LOGPROB = "answer log-probability"
 SIDES = {"forget": "forget", "neighbours": "retain", "retain": "retain", "holdout": "holdout"}

@@ -182,7 +182,8 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from remask.evaluation.audit import Cell
-from remask.experiments.audits import AuditConfig, Workers, run_benchmark
+from remask.experiments.audits import AuditConfig, run_benchmark
+from remask.experiments.workers import Workers
 genuine, ran, here = Cell.run, [], Workers.here()
 assert here.count == 2
 def run(cell, benchmark):

@@ -42,17 +42,17 @@ def test_only_the_needed_blocks_run_and_counters_say_so(toy: MaskedDiffusionLM) 
     ids = torch.arange(14).view(2, 7)
     hidden = toy.run_to(1, ids)
     assert ran == [0, 1]
-    assert dataclasses.astuple(toy.counters) == (1, 2, 14)
+    assert dataclasses.astuple(toy.counters) == (1, 2, 14, 4)
     ran.clear()
     toy.run_from(0, hidden)
     assert ran == [1, 2]
-    assert dataclasses.astuple(toy.counters) == (1, 4, 14)
+    assert dataclasses.astuple(toy.counters) == (1, 4, 14, 8)
     ran.clear()
     toy.run_from(2, hidden)
     assert ran == []
     toy.logits(ids)
     assert ran == [0, 1, 2]
-    assert dataclasses.astuple(toy.counters) == (2, 7, 28)
+    assert dataclasses.astuple(toy.counters) == (2, 7, 28, 14)
 
 
 def test_a_block_called_alone_attends_in_both_directions(golden) -> None:

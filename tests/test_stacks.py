@@ -25,12 +25,13 @@ from transformers import (
 )
 
 from conftest import GOLDENS, build_toy
-from remask.backbones import MaskedDiffusionLM, Site, capture, load, save_pretrained
+from remask.backbones import Encoded, MaskedDiffusionLM, Site, capture, load, save_pretrained
 from remask.backbones import model as model_module
 from remask.backbones.loading import check_attention
 from remask.backbones.stacks import block_causal_mask, stack_of
 from remask.errors import RemaskError
 from remask.facts import Fact
+from remask.tracing import TraceConfig, largest_difference, trace
 
 LAYERS, WIDTH, MLP, VOCABULARY, BLOCK = 3, 32, 48, 320, 4
 KINDS = ("diffugpt", "bert", "modernbert", "sdar")
@@ -180,7 +181,7 @@ def test_family_and_its_facts(folders: dict[str, Path], kind: str) -> None:
     assert spec.unpadded_positions == (kind in ("diffugpt", "bert"))
     assert (spec.attention_block, spec.block_length) == ((BLOCK, BLOCK) if kind == "sdar" else (0, 128))
     assert (lm.num_layers, lm.hidden_size, lm.embedding.num_embeddings) == (LAYERS, WIDTH, VOCABULARY)
-    assert dataclasses.astuple(lm.counters) == (0, 0, 0)  # the self-test does not count
+    assert dataclasses.astuple(lm.counters) == (0, 0, 0, 0)  # the self-test does not count
 
 
 def test_diffugpts_logits_are_shifted(folders: dict[str, Path]) -> None:
@@ -293,6 +294,25 @@ def test_berts_outputs_enter_the_sums_before_its_norms(folders: dict[str, Path])
         torch.testing.assert_close(
             F.layer_norm(middle + mlp, (WIDTH,), second.weight, second.bias, 1e-12), leaving, atol=1e-5, rtol=1e-5
         )
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_block_in_three_parts_is_the_block(folders: dict[str, Path], kind: str) -> None:
+    lm = loaded(kind, folders)
+    for layer in range(LAYERS):
+        entering, attn, mlp, leaving = block_input_and_sites(lm, layer)
+        middle = lm.stack.after_attn(lm.blocks[layer], entering, attn)
+        torch.testing.assert_close(lm.stack.run_mlp(lm.blocks[layer], middle), mlp, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(lm.stack.after_mlp(lm.blocks[layer], middle, mlp), leaving, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fast_trace_equals_the_reference(folders: dict[str, Path], kind: str) -> None:
+    lm, config = load(folders[kind]), TraceConfig(steps=3, draws=2)
+    row = Encoded("row", tuple(range(5, 12)), tuple(range(20, 24)), (1, 4))
+    fast, slow = (trace(lm, [row], config, mode=mode, keep_unknown=True) for mode in ("exact", "reference"))
+    assert largest_difference(fast, slow)["effects"] <= 1e-5
+    assert slow.effects.nan_to_num().abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "llada", "dream"])
@@ -485,7 +505,7 @@ def test_a_wrong_block_length_fails_the_self_test(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("block", [1, 2, 8, 32])
 def test_the_self_test_passes_for_any_block_length(block: int) -> None:
     lm = load(GOLDENS / "llada2", mask_id=300, attention_block=block)
-    assert dataclasses.astuple(lm.counters) == (0, 0, 0)
+    assert dataclasses.astuple(lm.counters) == (0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

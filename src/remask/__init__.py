@@ -18,7 +18,7 @@ from .diffusion import (
 from .editing import PRESETS, EditMemory, MemoryConfig, SteeringVector, calibrate, mean_delta
 from .errors import RemaskError
 from .facts import Fact, load_facts, save_facts
-from .tracing import Trace, TraceConfig, choose_site, heatmap, trace
+from .tracing import Trace, TraceConfig, choose_site, trace, trace_positions
 
 __version__ = "0.1.0"
 
@@ -50,7 +50,6 @@ __all__ = [
     "elbo",
     "elbo_exact",
     "generate",
-    "heatmap",
     "infill",
     "load",
     "load_facts",
@@ -59,4 +58,5 @@ __all__ = [
     "save_facts",
     "save_pretrained",
     "trace",
+    "trace_positions",
 ]

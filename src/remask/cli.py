@@ -27,8 +27,8 @@ edit_app = typer.Typer(no_args_is_help=True, help="Build edit memories and look 
 app.add_typer(edit_app, name="edit")
 
 
-class _AuditGroup(TyperGroup):
-    """`remask audit MODEL ...` is `remask audit run MODEL ...`."""
+class _RunGroup(TyperGroup):
+    """`remask audit MODEL ...` is `remask audit run MODEL ...`; so for `remask trace`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if args and args[0] not in self.commands and args[0] != "--help":
@@ -37,11 +37,17 @@ class _AuditGroup(TyperGroup):
 
 
 audit_app = typer.Typer(
-    cls=_AuditGroup,
+    cls=_RunGroup,
     no_args_is_help=True,
     help="Prove what an edit forgot: `remask audit MODEL --benchmark NAME -o DIR`, then compare two folders with `diff`.",
 )
 app.add_typer(audit_app, name="audit")
+trace_app = typer.Typer(
+    cls=_RunGroup,
+    no_args_is_help=True,
+    help="Find where and when facts are carried: `remask trace MODEL --facts FILE -o DIR`; compare two traces with `diff`.",
+)
+app.add_typer(trace_app, name="trace")
 
 console = Console()
 progress = Console(stderr=True)
@@ -52,6 +58,9 @@ Facts = Annotated[Path, typer.Option("--facts", help="facts to work on, JSON Lin
 Load = Annotated[
     list[str] | None,
     typer.Option("-L", "--load", metavar="KEY=VALUE", help="how to load the model: family, mask_id, dtype, device, chat, ..."),
+]
+SiteOption = Annotated[
+    str | None, typer.Option("--site", metavar="auto|PATH", help="trace the facts now (auto), or the folder of a trace")
 ]
 Data = Annotated[Path | None, typer.Option("--data", help="folder with the benchmark's files")]
 
@@ -182,49 +191,125 @@ def adapt(
     console.print(table)
 
 
-@app.command()
-def trace(
+@trace_app.command("run")
+def trace_run(
     model: Model,
     facts: Facts,
-    out: Annotated[Path, typer.Option("--out", help="folder for trace.safetensors, heatmap.png, site.json")],
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 4,
-    draws: Annotated[int, typer.Option(help="noise samples a fact")] = 3,
-    limit: Annotated[int, typer.Option(help="trace at most this many facts")] = 8,
+    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the trace, site.json, pictures and the page")],
+    mode: Annotated[
+        str, typer.Option(help="exact; sweep (fixed trajectory, another estimand); reference (hooks, slow)")
+    ] = "exact",
+    preset: Annotated[str, typer.Option(help="default, or paper: the literal equations, ten draws")] = "default",
+    steps: Annotated[int | None, typer.Option(help="denoising steps, at most one a token")] = None,
+    draws: Annotated[int | None, typer.Option(help="noise samples a fact")] = None,
+    corruption: Annotated[str, typer.Option(help="of the subject: add noise, replace by noise, or mask")] = "add",
+    noise: Annotated[float, typer.Option(help="noise in standard deviations of the subject's embeddings")] = 3.0,
+    fresh: Annotated[bool, typer.Option("--fresh", help="new noise at every step")] = False,
+    readout: Annotated[
+        str | None, typer.Option(help="committed object tokens: frozen (keep their value) or raw (read on, as the paper)")
+    ] = None,
+    view: Annotated[
+        list[str] | None,
+        typer.Option(help="restore the whole subject, its first or its last token; may be given several times"),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    gamma: Annotated[float | None, typer.Option(help="weight gamma^(s' - s) of later steps")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="later steps only, not the restored one")] = False,
+    normalise: Annotated[bool | None, typer.Option(help="divide by the sum of the weights")] = None,
+    per_token: Annotated[bool | None, typer.Option(help="mean over object tokens; otherwise their sum")] = None,
+    module: Annotated[str, typer.Option(help="module to edit: resid, attn, mlp, or any")] = "resid",
+    signed: Annotated[bool, typer.Option("--signed", help="mean effect over facts instead of its absolute value")] = False,
+    neighbours: Annotated[Path | None, typer.Option(help="facts that the site should not carry, JSON Lines")] = None,
+    beta: Annotated[float | None, typer.Option(help="weight of the neighbours; 1 with --neighbours")] = None,
+    smooth: Annotated[int, typer.Option(help="layers to each side that scores are averaged over")] = 0,
+    clusters: Annotated[int, typer.Option(min=1, help="groups of facts with a site of their own")] = 1,
+    paraphrases: Annotated[bool, typer.Option("--paraphrases", help="also trace the facts' other wordings")] = False,
+    positions: Annotated[bool, typer.Option("--positions", help="also restore single positions (ROME)")] = False,
+    keep_unknown: Annotated[
+        bool, typer.Option("--keep-unknown", help="trace also facts whose object the model does not produce")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="trace at most this many facts")] = None,
+    memory: Annotated[float | None, typer.Option(help="GB that activations may take")] = None,
+    precision: Annotated[str, typer.Option(help="fp32, or bf16 autocast")] = "fp32",
+    processes: Annotated[int, typer.Option(min=1, help="processes on this machine that share the facts, by torchrun")] = 1,
     load_options: Load = None,
+    as_json: Json = False,
 ) -> None:
-    """Find where and when along denoising facts are carried (Temporal Indirect Effect)."""
-    from .backbones import load
-    from .facts import load_facts, write_atomically
-    from .tracing import TraceConfig, choose_site, save_heatmap
-    from .tracing import trace as run
+    """Restore every module at every layer and denoising step, and see where the object comes back.
 
-    lm = load(model, **_load_options(load_options))
-    chosen = load_facts(facts)
-    rows = [lm.encode(fact) for fact in chosen[:limit]]
-    if len(chosen) > limit:
-        progress.print(f"tracing the first {limit} of {len(chosen)} facts; --limit changes that")
-    result = run(lm, rows, TraceConfig(steps=steps, draws=draws), progress=True)
-    site = choose_site(result)
-    edit_site = choose_site(result, "resid")
-    out.mkdir(parents=True, exist_ok=True)
-    result.save(out / "trace.safetensors")
-    save_heatmap(result, out / "heatmap.png", site)
-    record = {
-        **edit_site.to_dict(),
-        "strongest": site.to_dict(),
-        "trace": {
-            "model": lm.name,
-            "fingerprint": result.model,
-            "facts": len(rows),
-            "steps": steps,
-            "draws": draws,
-            "mode": "reference",
-        },
-    }
-    write_atomically(out / "site.json", (json.dumps(record, indent=1) + "\n").encode())
-    console.print(
-        f"strongest site: {site.module} at layer {site.layer}; residual stream: layer {edit_site.layer}. Written to {out}/"
+    A killed trace goes on where it was when the same command runs again; another weighting or rule is computed from the same
+    effects. On several machines or GPUs start it with `accelerate launch -m remask trace ...`.
+    """
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        _torchrun(processes)
+        return
+    from dataclasses import replace
+
+    from .experiments.tracing import TraceJob, run_trace
+    from .reporting.tables import trace_tables
+    from .tracing import SiteRule
+    from .tracing import preset as trace_preset
+
+    config, weights = trace_preset(
+        preset,
+        **{k: value for k, value in (("steps", steps), ("draws", draws), ("readout", readout)) if value is not None},
+        corruption=corruption,
+        noise=noise,
+        fresh=fresh,
+        seed=seed,
     )
+    given: dict[str, Any] = {"gamma": gamma, "normalise": normalise, "per_token": per_token, "strict": strict or None}
+    weights = replace(weights, **{key: value for key, value in given.items() if value is not None})
+    if beta is not None and neighbours is None:
+        raise RemaskError("--beta weighs the facts of --neighbours; give that file")
+    penalty = (1.0 if beta is None else beta) if neighbours is not None else 0.0
+    if precision not in ("fp32", "bf16"):
+        raise RemaskError(f"--precision {precision!r} is neither fp32 nor bf16")
+    job = TraceJob(
+        model,
+        facts,
+        neighbours=neighbours,
+        limit=limit,
+        config=config,
+        views=tuple(dict.fromkeys(view or ["subject"])),  # type: ignore[arg-type]  # the protocol checks the names
+        rule=SiteRule(weights, None if module == "any" else module, signed, penalty, smooth),  # type: ignore[arg-type]
+        mode=mode,  # type: ignore[arg-type]
+        paraphrases=paraphrases,
+        positions=positions,
+        clusters=clusters,
+        keep_unknown=keep_unknown,
+        memory=None if memory is None else int(memory * 1e9),
+        bfloat16=precision == "bf16",
+    )
+    record = run_trace(job, out, progress, _load_options(load_options), " ".join(["remask", *sys.argv[1:]]))
+    if record is None:  # not the first process
+        return
+    if as_json:
+        _print_json(record)
+        return
+    for part in trace_tables(record):
+        console.print(part)
+    progress.print(f"page: {out / 'index.html'}; raw effects: {out / 'trace.safetensors'}")
+
+
+@trace_app.command("diff")
+def trace_diff(
+    first: Annotated[Path, typer.Argument(help="folder of a trace, or its file")],
+    second: Annotated[Path, typer.Argument(help="another one, of the same facts on the same model")],
+    as_json: Json = False,
+) -> None:
+    """The largest differences of two traces; refuses other facts, models, protocols and estimands."""
+    from .experiments.tracing import diff_traces
+
+    result = diff_traces(first, second)
+    if as_json:
+        _print_json(result)
+        return
+    table = Table("tensor", "largest difference", title=f"{' against '.join(result['modes'])}, {result['rows']} rows")
+    for name, value in result["largest"].items():
+        table.add_row(name, f"{value:.2g}")
+    console.print(table)
+    console.print(f"the largest effect is {result['scale']:.3g} nats")
 
 
 @edit_app.command("build")
@@ -235,7 +320,7 @@ def edit_build(
     retain: Annotated[Path | None, typer.Option("--retain", help="facts to leave alone, JSON Lines")] = None,
     preset: Annotated[str, typer.Option(help="default or paper")] = "default",
     layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
-    site: Annotated[Path | None, typer.Option("--site", help="site.json of a trace")] = None,
+    site: SiteOption = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
     reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
     load_options: Load = None,
@@ -245,6 +330,7 @@ def edit_build(
     from .editing.calibrate import target_level
     from .editing.memory import PRESETS, EditMemory
     from .experiments.edits import build_edit
+    from .experiments.tracing import find_site
     from .facts import load_facts
 
     if preset not in PRESETS:
@@ -258,7 +344,8 @@ def edit_build(
         if strength is None
         else None
     )
-    where = Site(layer) if layer is not None else _read_site(site) if site else None
+    _only_one(layer, site)
+    where = Site(layer) if layer is not None else find_site(lm, site, chosen) if site else None
     edit = build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level)
     assert isinstance(edit, EditMemory)
     edit.save(output)
@@ -411,6 +498,7 @@ def audit_run(
     data: Data = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",
     layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
+    site: SiteOption = None,
     reference: Annotated[str | None, typer.Option(help="model that never saw the forget set")] = None,
     level: Annotated[str, typer.Option(help="calibrate to: never-trained, prompt-masked, or auto (the higher)")] = "auto",
     seeds: Annotated[int, typer.Option(min=1, help="repetitions of log-probabilities: mask bank and partial states")] = 1,
@@ -439,12 +527,14 @@ def audit_run(
     names: dict[str, Any] = {"auto": None, "fp32": "fp32", "bf16": "bf16 autocast"}
     if precision not in names:
         raise RemaskError(f"--precision {precision!r} is none of auto, fp32, bf16")
+    _only_one(layer, site)
     config = AuditConfig(
         model,
         benchmark,
         edit,
         alpha=_alpha(alpha),
         layer=layer,
+        site=site,
         reference=reference,
         level=_level(level),
         seeds=seeds,
@@ -541,13 +631,9 @@ def _alpha(text: str) -> float | None:
     return value
 
 
-def _read_site(path: Path) -> Any:
-    from .backbones import Site
-
-    try:
-        return Site.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RemaskError(f"{path}: not a site.json of a trace ({error})") from None
+def _only_one(layer: int | None, site: str | None) -> None:
+    if layer is not None and site is not None:
+        raise RemaskError("--layer and --site both say where to edit; give one of them")
 
 
 def _attached(lm: Any, edit: Path | None) -> Any:

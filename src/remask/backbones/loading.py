@@ -29,7 +29,7 @@ from ..assets import MODELS, bundled_models
 from ..errors import MissingOptionError, RemaskError
 from ..facts import write_atomically
 from .family import Config, Family, State
-from .model import BackboneSpec, MaskedDiffusionLM
+from .model import BackboneSpec, Counters, MaskedDiffusionLM
 from .native import FAMILY as NATIVE
 from .registry import families, family_named, recognise
 
@@ -189,7 +189,7 @@ def check_attention(lm: MaskedDiffusionLM) -> None:
                 raise RemaskError(f"{lm.name}: attention is causal in {where}")
             if near < length and _differ(run(ids), run(_changed(ids, range(near, length))), max(8 * rounding, 4)):
                 raise RemaskError(f"{lm.name}: attention in {where} looks beyond its block of {block}")
-    lm.counters.forwards = lm.counters.blocks = lm.counters.tokens = 0
+    lm.counters = Counters()
 
 
 def save_pretrained(

@@ -115,11 +115,19 @@ class Encoded:
 
 @dataclass
 class Counters:
-    """Work done so far; tests and benchmarks assert on these instead of on seconds."""
+    """Work done so far; tests and benchmarks assert on these instead of on seconds.
+
+    Attributes:
+        forwards: embeddings of a batch.
+        blocks: calls of a block on a batch.
+        tokens: tokens embedded.
+        sequence_blocks: executions of a block on one sequence; does not depend on how sequences are batched.
+    """
 
     forwards: int = 0
     blocks: int = 0
     tokens: int = 0
+    sequence_blocks: int = 0
 
 
 @dataclass
@@ -251,17 +259,20 @@ class MaskedDiffusionLM:
     def run_to(self, layer: int, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Output of block `layer` [B, L, d]; later blocks do not run (early exit)."""
         self.site_module(Site(layer))
-        hidden = self.stack.embed(ids, self._position_ids(ids, attention_mask))
+        return self.run_blocks(range(layer + 1), self.embed(ids, attention_mask), attention_mask)
+
+    def embed(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Input of the first block [B, L, d]."""
         self.counters.forwards += 1
         self.counters.tokens += ids.numel()
-        return self._run_blocks(range(layer + 1), hidden, attention_mask)
+        return self.stack.embed(ids, self._position_ids(ids, attention_mask))
 
     def run_from(
         self, layer: int, hidden: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """Logits when block `layer` put out `hidden` [B, L, d]: only the blocks above it run (resume)."""
         self.site_module(Site(layer))
-        hidden = self._run_blocks(range(layer + 1, self.num_layers), hidden, attention_mask)
+        hidden = self.run_blocks(range(layer + 1, self.num_layers), hidden, attention_mask)
         return self.head(hidden, positions)
 
     def head(self, hidden: Tensor, positions: Tensor | None = None) -> Tensor:
@@ -290,8 +301,8 @@ class MaskedDiffusionLM:
             return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
         return torch.arange(length, device=tokens.device).unsqueeze(0)
 
-    def _run_blocks(self, layers: range, hidden: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """The walk of the native base model over `layers`."""
+    def run_blocks(self, layers: range, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """The walk of the native base model over `layers`: their first one's input to their last one's output, [B, L, d]."""
         position_ids = self._position_ids(hidden, attention_mask)
         mask = attention_mask
         if self.spec.attention_block:
@@ -300,6 +311,7 @@ class MaskedDiffusionLM:
         for layer in layers:
             hidden = self.blocks[layer](hidden, **context[layer])
         self.counters.blocks += len(layers)
+        self.counters.sequence_blocks += len(layers) * len(hidden)
         return hidden
 
     # ---------------------------------------------------------------- text

@@ -52,6 +52,20 @@ class Stack:
             raise RemaskError("a mixture-of-experts layer has no single MLP key; use its mlp output, or a dense layer")
         return block.mlp.down_proj
 
+    # A block in three parts, for patches inside it: `inputs` of the block and what its attention and its MLP put out, all
+    # [..., d]; a position's result depends on that position alone.
+    def after_attn(self, block: Any, inputs: Tensor, attn: Tensor) -> Tensor:
+        """Residual stream between attention and MLP."""
+        return inputs + attn
+
+    def run_mlp(self, block: Any, middle: Tensor) -> Tensor:
+        """What the MLP puts out on `middle` [B, L, d]."""
+        return block.mlp(block.post_attention_layernorm(middle))
+
+    def after_mlp(self, block: Any, middle: Tensor, mlp: Tensor) -> Tensor:
+        """Output of the block."""
+        return middle + mlp
+
     def embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         """Input of the first block, [B, L, d]."""
         return self.embedding(ids)
@@ -87,6 +101,10 @@ class GPT2Stack(Stack):
     def mlp_key(self, block: Any) -> nn.Module:
         """The MLP's second projection."""
         return block.mlp.c_proj
+
+    def run_mlp(self, block: Any, middle: Tensor) -> Tensor:
+        """What the MLP puts out on `middle`."""
+        return block.mlp(block.ln_2(middle))
 
     def embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         """Token plus position embedding."""
@@ -125,6 +143,18 @@ class BertStack(Stack):
 
     mlp_key = mlp
 
+    def after_attn(self, block: Any, inputs: Tensor, attn: Tensor) -> Tensor:
+        """Normed sum of input and attention."""
+        return block.attention.output.LayerNorm(attn + inputs)
+
+    def run_mlp(self, block: Any, middle: Tensor) -> Tensor:
+        """What the MLP's second projection puts out on `middle`."""
+        return block.output.dense(block.intermediate(middle))
+
+    def after_mlp(self, block: Any, middle: Tensor, mlp: Tensor) -> Tensor:
+        """Normed sum of the middle and the MLP."""
+        return block.output.LayerNorm(mlp + middle)
+
     def embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         """Token, position and segment embedding, normed."""
         return self.model.bert.embeddings(input_ids=ids, position_ids=position_ids)
@@ -154,6 +184,10 @@ class ModernBertStack(Stack):
     def mlp_key(self, block: Any) -> nn.Module:
         """The MLP's output projection."""
         return block.mlp.Wo
+
+    def run_mlp(self, block: Any, middle: Tensor) -> Tensor:
+        """What the MLP puts out on `middle`."""
+        return block.mlp(block.mlp_norm(middle))
 
     def embed(self, ids: Tensor, position_ids: Tensor) -> Tensor:
         """Token embedding, normed."""

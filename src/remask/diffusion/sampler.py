@@ -448,8 +448,31 @@ def commit(
         attention_mask: [B, L], 1 = real token; None = no padding.
     """
     masked = (canvas == lm.spec.mask_id) & (torch.arange(canvas.shape[1], device=canvas.device) < end)
-    sizes = masked.sum(dim=1)
     logits = _guided_logits(lm, canvas, given, masked, config, attention_mask)
+    return choose(lm, canvas, masked, logits, counts, keys, config)
+
+
+def choose(
+    lm: MaskedDiffusionLM,
+    canvas: Tensor,
+    masked: Tensor,
+    logits: Tensor,
+    counts: Tensor,
+    keys: Sequence[str],
+    config: SamplerConfig,
+) -> Tensor:
+    """The commit rule on known logits: the canvas [B, L] with `counts[row]` of its `masked` positions filled.
+
+    Args:
+        lm: the model; its clock's step keys the noise.
+        canvas: [B, L] token ids.
+        masked: [B, L] bool, the positions that may be filled.
+        logits: [n, V] at them, in row-major order; may be changed.
+        counts: [B], at most the row's masked positions; under the schedule `threshold` the least number.
+        keys: row names that key the noise.
+        config: how.
+    """
+    sizes = masked.sum(dim=1)
     if config.suppress_eos:
         logits[:, lm.spec.eos_id] = -torch.inf
     candidates = _candidates(logits, config)

@@ -20,8 +20,8 @@ from ..backbones import MaskedDiffusionLM, save_pretrained
 from ..backbones.adapt import adapt_model
 from ..errors import RemaskError
 from ..facts import Fact, read_jsonl, write_atomically
+from ..figures import png
 from ..random import numpy_generator
-from ..tracing.plots import png
 from ..unlearning.adapting import RATES, AdaptConfig, train_adapted
 
 matplotlib.use("Agg", force=False)

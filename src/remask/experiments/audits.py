@@ -13,15 +13,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..assets import bundled_models
 from ..backbones import MaskedDiffusionLM, Site, load
@@ -48,13 +45,13 @@ from ..evaluation.summary import (
 )
 from ..evaluation.tasks import Precision
 from ..facts import Fact, write_atomically
+from ..figures import png
 from ..random import digest
 from ..reporting.audit import audit_figures, audit_page
-from ..tracing.plots import png
 from ..unlearning.trainer import fast_bfloat16
 from .edits import build_edit, load_edit
-
-Item = TypeVar("Item")
+from .tracing import find_site
+from .workers import Workers
 
 
 @dataclass(frozen=True)
@@ -64,6 +61,7 @@ class AuditConfig:
     Attributes:
         model, benchmark, edit: names; `edit` may be a file.
         alpha, layer: of the edit; None = calibrated, tuned.
+        site: instead of a layer: `auto` or the folder of a trace.
         reference: model that never saw the forget set; None = `<model>-reference` where that is bundled.
         level: what alpha is calibrated to.
         seeds: repetitions; each has its own bank and partial states. All but log-probabilities is measured under the first.
@@ -79,6 +77,7 @@ class AuditConfig:
     edit: str = "default"
     alpha: float | None = None
     layer: int | None = None
+    site: str | None = None
     reference: str | None = None
     level: Level = "auto"
     seeds: int = 1
@@ -94,7 +93,7 @@ class AuditConfig:
         """The command line that asks for this."""
         parts = ["remask audit", self.model, "--benchmark", self.benchmark, "--edit", self.edit]
         parts += ["--data", "DIR"] if self.benchmark != "closed-world" else []
-        given = {"alpha": self.alpha, "layer": self.layer, "reference": self.reference, "steps": self.steps}
+        given = {"alpha": self.alpha, "layer": self.layer, "site": self.site, "reference": self.reference, "steps": self.steps}
         given["level"] = None if self.level == "auto" else self.level
         given["attack-rows"] = None if self.attack_rows == ATTACK_ROWS else self.attack_rows
         given["seeds"] = None if self.seeds == 1 else self.seeds
@@ -102,47 +101,6 @@ class AuditConfig:
         parts += [part for key, value in given.items() if value is not None for part in (f"--{key}", str(value))]
         flags = {"--no-attacks": not self.attacks, "--relearn": self.relearn, "--extraction": self.extraction}
         return " ".join([*parts, *(flag for flag, on in flags.items() if on), *([] if self.text else ["--no-text"])])
-
-
-@dataclass(frozen=True)
-class Workers:
-    """This process among those that a launcher started (torchrun, accelerate launch); one process without it.
-
-    Attributes:
-        index, count: of this process, of all.
-        device: of this process; None = the loader's default.
-        wait: returns when all processes have called it.
-    """
-
-    index: int = 0
-    count: int = 1
-    device: torch.device | None = None
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def here(cls) -> Workers:
-        """Who we are.
-
-        Raises:
-            RemaskError: several processes without accelerate.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-            return cls()
-        try:
-            from accelerate import PartialState
-        except ImportError:
-            raise RemaskError("several processes need accelerate; install remask[train]") from None
-        state = PartialState(cpu=not torch.accelerator.is_available())
-        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
-
-    def share(self, items: Sequence[Item], purpose: str) -> Iterator[Item]:
-        """The items that fall to this process: whoever is free takes the next one."""
-        if self.count == 1:
-            yield from items
-            return
-        store = torch.distributed.distributed_c10d._get_default_store()
-        while (place := store.add(f"remask/{purpose}", 1) - 1) < len(items):
-            yield items[place]
 
 
 def run_benchmark(
@@ -186,8 +144,7 @@ def run_benchmark(
     if workers.index == 0:
         for seed in seeds:
             builder.build(seed)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=console is None or workers.index > 0) as progress:
+    with workers.bar(console) as progress:
         task = progress.add_task("auditing")
 
         def measure(cells: Sequence[Cell], purpose: str) -> None:
@@ -245,6 +202,8 @@ class _Builder:
         try:
             level = target_level(lm, forget, self.twin, config.level) if config.alpha is None else None
             site = None if config.layer is None else Site(config.layer)
+            if config.site is not None and site is None:
+                site = find_site(lm, config.site, forget)
             edit = build_edit(lm, config.edit, forget, fit, site=site, alpha=config.alpha, level=level, seed=seed)
         except NothingToForgetError as error:
             write_atomically(path.with_suffix(".txt"), str(error).encode())
@@ -274,7 +233,7 @@ class _Builder:
     def path(self, seed: int) -> Path:
         """File of a seed's edit, named by a hash of all that it depends on."""
         config, forget_fit = self.config, self.rows()
-        asked: list[Any] = [config.edit, config.alpha, config.layer, config.level, seed]
+        asked: list[Any] = [config.edit, config.alpha, config.layer, config.site, config.level, seed]
         asked += [Path(config.edit).read_bytes()] if Path(config.edit).is_file() else []
         prints = [self.lm.fingerprint(), None if self.twin is None else self.twin.fingerprint()]
         return self.folder / f"{digest(*asked, *prints, forget_fit, package_versions())}.safetensors"

@@ -25,11 +25,12 @@ from ..evaluation.generation import answers
 from ..evaluation.records import ESTIMATOR, write_records
 from ..evaluation.summary import LOGPROB, Scores, group_table, selectivity
 from ..facts import Fact, write_atomically
+from ..figures import png
 from ..reporting import levels, render
 from ..reporting.html import denoising_strip
 from ..reporting.tables import group_tables
-from ..tracing import TraceConfig, choose_site, heatmap, trace
-from ..tracing.plots import png
+from ..tracing import SiteRule, TraceConfig, choose_site, trace
+from ..tracing.plots import heatmap
 from .edits import build_edit, tuned
 
 QUESTIONS = 5
@@ -57,7 +58,7 @@ def run_demo(out: Path, console: Console) -> Scores:
     traced = trace(
         lm, [lm.encode(fact) for fact in forget if "/book/" in fact.id][:TRACED], TraceConfig(draws=2), progress=True
     )
-    traced_site = choose_site(traced, "resid")
+    traced_site = choose_site(traced, SiteRule(module="resid")).site
     note = (
         f"The residual stream carries them most at layer {traced_site.layer}; the memory acts at layer "
         f"{tuned('tiny', 'default')['layer']}, the best edit layer on other people (a trace says where a fact passes, not "
@@ -102,7 +103,7 @@ def run_demo(out: Path, console: Console) -> Scores:
     )
     console.print(undone)
 
-    pictures = {"heatmap": png(heatmap(traced, traced_site)), "levels": png(levels(scores))}
+    pictures = {"heatmap": png(heatmap(traced, site=traced_site)), "levels": png(levels(scores))}
     for name, data in pictures.items():
         write_atomically(out / f"{name}.png", data)
     page = render(

@@ -120,3 +120,30 @@ def _arrow(metric: dict[str, Any] | None) -> str:
     if metric is None or "after" not in metric["states"]:
         return "-"
     return f"{metric['states']['before']['mean']:.2f} > {metric['states']['after']['mean']:.2f}"
+
+
+def trace_tables(record: dict[str, Any]) -> list[Table | str]:
+    """A trace's chosen site, how sure the choice is, and what was left out."""
+    ran, best = record["trace"], record["strongest"]
+    table = Table(
+        "site", "wins in resamples", title=f"{ran['model']}: {ran['facts']} facts, {ran['draws']} draws, {ran['mode']}"
+    )
+    for line in record["stability"][:5]:
+        table.add_row(f"{line['module']} at layer {line['layer']}", f"{line['share']:.0%}")
+    notes = [
+        f"Chosen site: {record['module']} at layer {record['layer']}; strongest of all: {best['module']} at layer "
+        f"{best['layer']}, restored at step {best['step']} ({best['effect']:+.2f} nats)."
+    ]
+    if ran["given"] > ran["rows"] + len(record["unknown"]):
+        notes.append(f"Traced {ran['rows']} of the {ran['given']} facts given (--limit).")
+    for what, names in (
+        ("whose object the model does not produce; --keep-unknown traces them", record["unknown"]),
+        ("that do not hold the subject", list(record["skipped"])),
+    ):
+        if names:
+            notes.append(f"Left out: {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}).")
+    if record["capped"]:
+        notes.append(f"{len(record['capped'])} rows have fewer than {ran['steps']} tokens and so fewer steps, one a token.")
+    if ran["mode"] == "sweep":
+        notes.append(f"[bold]Another estimand[/]: {ran['estimand']}.")
+    return [table, *notes]
