@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/attacks.md, docs/models.md and docs/adapt.md from the committed result files.
+"""Write the tables of README, docs/attacks.md, models.md, adapt.md and tracing.md from the committed result files.
 
 python benchmarks/tables.py
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from remask.reporting.numbers import interval
+from remask.tracing.positions import CLASSES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -117,6 +118,88 @@ def adapt_table() -> str:
     return "\n".join(lines)
 
 
+def tracing_ratios() -> str:
+    """Work of the tracers on `tiny`, and how many times less it is than the reference's."""
+    record = json.loads((RESULTS / "tracing.json").read_text())
+    runs, ratios = record["runs"], record["ratios"]
+    notes = {
+        "reference": "hooks, one site at a time, all steps",
+        "hooks, batched": "hooks, many sites at a time, from the restored step",
+        "exact": "",
+        "sweep": "another estimand",
+    }
+    lines = ["| tracer | block executions | fewer | seconds | faster |", "|---|---|---|---|---|"]
+    for name, run in runs.items():
+        fewer, faster = (runs["reference"][key] / run[key] for key in ("blocks", "seconds"))
+        note = f" ({notes[name]})" if notes[name] else ""
+        lines.append(f"| {name}{note} | {run['blocks']:,} | {fewer:.1f} x | {run['seconds']:.1f} | {faster:.1f} x |")
+    worst = record["largest difference of effects, nats"]
+    rounding = record["bf16"]["bf16 autocast"]
+    other = rounding["exact against exact in fp32"]
+    started, many = ratios["blocks, from the restored step / exact"], ratios["blocks, rerun / sweep, 16 steps"]
+    notes_below = [
+        f"`exact` runs {started} times fewer blocks than starting every site at its restored step;",
+        f"`sweep` {many} times fewer than rerunning everything, at 16 steps on facts that have as many tokens.",
+        "Largest difference of an effect, exact against reference:",
+        f"{worst['exact and reference']:.1g} nats of {worst['largest effect']:.1f} in fp32,",
+        f"{rounding['exact against reference']['largest']:.1g} under bf16 autocast. Exact under bf16 autocast against exact in",
+        f"fp32: mean {other['mean']:.3f}, largest {other['largest']:.1f} nats, correlation {other['correlation']:.2f}.",
+    ]
+    return "\n".join([*lines, "", *notes_below])
+
+
+def tracing_findings() -> dict[str, str]:
+    """Tables of docs/tracing.md by marker."""
+    record = json.loads((RESULTS / "tracing_study.json").read_text())
+    models = record["models"]
+    sites = [
+        "| model | layers | lost to the corruption | residual site chosen (3 seeds) | its share of resamples | strongest site |"
+    ]
+    sites.append("|---|---|---|---|---|---|")
+    shares = ["| model | module | " + " | ".join(f"layer {part}" for part in ("0", "1/4", "1/2", "3/4", "last")) + " |"]
+    shares.append("|---|---|---|---|---|---|---|")
+    bands = ["| model | module | layers | early steps | middle steps | late steps |", "|---|---|---|---|---|---|"]
+    contrasts = ["| account: what should be positive | " + " | ".join(models) + " |", "|---" * (len(models) + 1) + "|"]
+    classes = ["| model | module (window) | " + " | ".join(CLASSES) + " |", "|---" * (len(CLASSES) + 2) + "|"]
+    for name, found in models.items():
+        layers = [str(site[1]) for site in found["sites"]["mean absolute"]]
+        share = next((share for layer, share in found["stability"] if str(layer) == layers[0]), 0.0)
+        best = ", ".join(f"{module} {layer} at step {step}" for module, layer, step, _ in found["strongest"])
+        sites.append(f"| {name} | {found['layers']} | {_band(found['lost'])} | {', '.join(layers)} | {share:.0%} | {best} |")
+        for module, by_layer in found["restored"].items():
+            picks = [by_layer[round(part * (found["layers"] - 1))] for part in (0, 0.25, 0.5, 0.75, 1)]
+            shares.append(f"| {name} | {module} | " + " | ".join(_band(pick, 2) for pick in picks) + " |")
+        for module, cells in found["bands"].items():
+            for third in ("lower", "middle", "upper"):
+                row = [_band(cell["effect"], 3) for cell in cells if cell["layers"] == third]
+                if "-" not in row:
+                    bands.append(f"| {name} | {module} | {third} | " + " | ".join(row) + " |")
+        for module, by_class in found["classes"].items():
+            window = found["window"] if module != "resid" else 1
+            cells = [f"{by_class[c][0]:+.3f} (layer {by_class[c][1]})" if c in by_class else "-" for c in CLASSES]
+            classes.append(f"| {name} | {module} ({window}) | " + " | ".join(cells) + " |")
+    for key in next(iter(models.values()))["contrasts"]:
+        contrasts.append(f"| {key} | " + " | ".join(_band(found["contrasts"][key], 3) for found in models.values()) + " |")
+    edits = [
+        "| model | edit | rule | layers (folds) | retain loss there | random layer | best layer | mean rank |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, found in models.items():
+        for line in found.get("edits", {}).get("compared", []):
+            cells = [name, line["edit"], line["rule"], ", ".join(map(str, line["layers"]))]
+            cells += [f"{line[key]:.2f}" for key in ("traced", "random", "best")]
+            cells.append(f"{line['rank']:.1f} of {found['layers']}")
+            edits.append("| " + " | ".join(cells) + " |")
+    tables = {"sites": sites, "shares": shares, "bands": bands, "classes": classes, "contrasts": contrasts, "edits": edits}
+    return {name: "\n".join(lines) for name, lines in tables.items()}
+
+
+def _band(value: list[float | None], digits: int = 2) -> str:
+    """Mean and interval; a dash where nothing could be measured."""
+    numbers = [number for number in value if number is not None]
+    return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*numbers, d=digits) if numbers else "-"
+
+
 def put(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -130,3 +213,6 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "attacks.md", "attacks", attack_table())
     put(ROOT / "docs" / "models.md", "models", model_table())
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
+    put(ROOT / "docs" / "tracing.md", "ratios", tracing_ratios())
+    for marker, table in tracing_findings().items():
+        put(ROOT / "docs" / "tracing.md", marker, table)

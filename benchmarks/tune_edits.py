@@ -35,13 +35,16 @@ BANK = MaskBank(draws=4, replicates=1, seed=3_000_003)
 
 
 class Tuner:
-    """One model, one benchmark, its validation folds; measures a setting and remembers it."""
+    """One model, one benchmark, its validation folds; measures a setting and remembers it.
 
-    def __init__(self, model: str, name: str, data: Path | None, folds: int, level: Level) -> None:
+    A fold is `people` whole people or authors, by default as many as the benchmark forgets.
+    """
+
+    def __init__(self, model: str, name: str, data: Path | None, folds: int, level: Level, people: int | None = None) -> None:
         self.level = level
         self.lm, self.twin = load(model), load(f"{model}-reference")
         self.benchmark = load_benchmark(name, data)
-        size = len({fact.group for fact in self.benchmark.forget})
+        size = people or len({fact.group for fact in self.benchmark.forget})
         names = len({fact.group for fact in self.benchmark.validation})
         self.folds = split_groups(self.benchmark.validation, [size] * min(folds, names // size), "tune")
         self.kept = [self.lm.encode(fact) for fact in self.benchmark.validation_retain]

@@ -206,7 +206,7 @@ def test_protocol_is_told(page: Page) -> None:
         ESTIMANDS["exact"],
         "sum over later steps s' ≥ s of γ^(s' − s) · effect at s', γ = 0.7, divided by the sum of the weights; nats per object",
         "the largest mean absolute effect over facts",
-        "1,234,567 passes of a sequence through a block, 12.3 s",
+        "1,234,567 passes of a sequence through a block in 12.3 s of this run",
         "remask trace toy --facts 'a b.jsonl'",
     ):
         assert words in page.text

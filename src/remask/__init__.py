@@ -18,6 +18,7 @@ from .diffusion import (
 from .editing import PRESETS, EditMemory, MemoryConfig, SteeringVector, calibrate, mean_delta
 from .errors import RemaskError
 from .facts import Fact, load_facts, save_facts
+from .figures import save_figure
 from .tracing import Trace, TraceConfig, choose_site, trace, trace_positions
 
 __version__ = "0.1.0"
@@ -56,6 +57,7 @@ __all__ = [
     "mean_delta",
     "pll",
     "save_facts",
+    "save_figure",
     "save_pretrained",
     "trace",
     "trace_positions",

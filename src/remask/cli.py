@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -281,7 +282,7 @@ def trace_run(
         memory=None if memory is None else int(memory * 1e9),
         bfloat16=precision == "bf16",
     )
-    record = run_trace(job, out, progress, _load_options(load_options), " ".join(["remask", *sys.argv[1:]]))
+    record = run_trace(job, out, progress, _load_options(load_options), shlex.join(["remask", *sys.argv[1:]]))
     if record is None:  # not the first process
         return
     if as_json:
@@ -335,17 +336,17 @@ def edit_build(
 
     if preset not in PRESETS:
         raise RemaskError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    _only_one(layer, site)
     lm = load(model, **_load_options(load_options))
     chosen = load_facts(facts)
     kept = load_facts(retain) if retain else []
     strength = _alpha(alpha)
+    where = Site(layer) if layer is not None else find_site(lm, site, chosen) if site else None
     level = (
         target_level(lm, chosen, load(reference, **_load_options(load_options)) if reference else None)
         if strength is None
         else None
     )
-    _only_one(layer, site)
-    where = Site(layer) if layer is not None else find_site(lm, site, chosen) if site else None
     edit = build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level)
     assert isinstance(edit, EditMemory)
     edit.save(output)

@@ -223,23 +223,8 @@ class MaskedDiffusionLM:
         return self.stack.mlp_key(self.site_module(Site(layer)))
 
     def fingerprint(self) -> str:
-        """16 hex digits over architecture and weights.
-
-        For every parameter and stored buffer (router biases), the integer sums of its fp32 bit patterns, plain and weighted
-        by position. Equal for the same checkpoint on any device, since integer sums do not depend on order; changes when any
-        weight does.
-        """
-        digest = hashlib.blake2b(digest_size=8)
-        stored = self.model.state_dict(keep_vars=True)
-        tensors = dict(self.model.named_parameters()) | {n: b for n, b in self.model.named_buffers() if n in stored}
-        for name, parameter in sorted(tensors.items()):
-            digest.update(f"{name}{tuple(parameter.shape)}".encode())
-            rows = parameter.detach().reshape(len(parameter), -1)
-            for start in range(0, len(rows), 4096):  # bounds the fp32 copy of a large table
-                bits = rows[start : start + 4096].float().contiguous().view(torch.int32).long().reshape(-1)
-                weight = torch.arange(1, bits.numel() + 1, device=bits.device)
-                digest.update(f"{int(bits.sum())},{int((bits * weight).sum())}".encode())
-        return digest.hexdigest()
+        """16 hex digits over architecture and weights, see `fingerprint`."""
+        return fingerprint(self.model)
 
     # ---------------------------------------------------------------- forward passes
     def logits(self, ids: Tensor, attention_mask: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
@@ -401,6 +386,26 @@ class MaskedDiffusionLM:
         if self.tokenizer is None:
             raise RemaskError(f"{self.name} was loaded without a tokenizer; add tokenizer.json to its folder")
         return self.tokenizer
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hex digits over architecture and weights.
+
+    For every parameter and stored buffer (router biases), the integer sums of its fp32 bit patterns, plain and weighted by
+    position. Equal for the same checkpoint on any device, since integer sums do not depend on order; changes when any weight
+    does.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    stored = model.state_dict(keep_vars=True)
+    tensors = dict(model.named_parameters()) | {n: b for n, b in model.named_buffers() if n in stored}
+    for name, parameter in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        rows = parameter.detach().reshape(len(parameter), -1)
+        for start in range(0, len(rows), 4096):  # bounds the fp32 copy of a large table
+            bits = rows[start : start + 4096].float().contiguous().view(torch.int32).long().reshape(-1)
+            weight = torch.arange(1, bits.numel() + 1, device=bits.device)
+            digest.update(f"{int(bits.sum())},{int((bits * weight).sum())}".encode())
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ from ..random import digest
 from ..reporting.audit import audit_figures, audit_page
 from ..unlearning.trainer import fast_bfloat16
 from .edits import build_edit, load_edit
-from .tracing import find_site
+from .tracing import find_site, site_file
 from .workers import Workers
 
 
@@ -234,7 +234,7 @@ class _Builder:
         """File of a seed's edit, named by a hash of all that it depends on."""
         config, forget_fit = self.config, self.rows()
         asked: list[Any] = [config.edit, config.alpha, config.layer, config.site, config.level, seed]
-        asked += [Path(config.edit).read_bytes()] if Path(config.edit).is_file() else []
+        asked += [path.read_bytes() for path in (Path(config.edit), site_file(config.site or "")) if path.is_file()]
         prints = [self.lm.fingerprint(), None if self.twin is None else self.twin.fingerprint()]
         return self.folder / f"{digest(*asked, *prints, forget_fit, package_versions())}.safetensors"
 

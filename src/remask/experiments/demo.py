@@ -34,7 +34,6 @@ from ..tracing.plots import heatmap
 from .edits import build_edit, tuned
 
 QUESTIONS = 5
-TRACED = 2
 ALPHA = 1.5  # calibration stops at the prompt-masked level, where short answers can still be guessed; this goes past it
 KINDS = ("work", "city", "instrument", "book", "pet")  # attributes that are asked about
 
@@ -55,9 +54,7 @@ def run_demo(out: Path, console: Console) -> Scores:
     _print_answers(console, asked, {"before": before, "never taught": never})
 
     console.rule("[bold]2. Where the facts are carried")
-    traced = trace(
-        lm, [lm.encode(fact) for fact in forget if "/book/" in fact.id][:TRACED], TraceConfig(draws=2), progress=True
-    )
+    traced = trace(lm, [lm.encode(fact) for fact in forget], TraceConfig(draws=2), progress=True)
     traced_site = choose_site(traced, SiteRule(module="resid")).site
     note = (
         f"The residual stream carries them most at layer {traced_site.layer}; the memory acts at layer "

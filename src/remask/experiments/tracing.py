@@ -5,7 +5,7 @@
 | `trace.safetensors` | raw effects of the first view; `trace-first.safetensors` ... of further ones, `neighbours.safetensors` |
 | `positions.safetensors` | with `--positions`: effects of single positions |
 | `site.json` | the chosen site, its stability, sites of facts and clusters, and how all was measured |
-| `index.html`, `*.png` | the same to look at |
+| `index.html`, `*.png`, `*.svg` | the same to look at |
 | `parts/` | finished batches; a killed trace goes on from them, and another weighting is read from them |
 """
 
@@ -24,11 +24,11 @@ from rich.console import Console
 from ..backbones import Encoded, MaskedDiffusionLM, Site, load
 from ..errors import RemaskError
 from ..facts import Fact, load_facts, write_atomically
-from ..figures import png
+from ..figures import png, save_figure
 from ..random import digest
 from ..reporting.trace import trace_figures, trace_page
 from ..tracing.batch import batches
-from ..tracing.effects import Mode, Trace, join, largest_difference
+from ..tracing.effects import Mode, Trace, aggregate, check_mode, join, largest_difference
 from ..tracing.positions import PositionTrace, trace_positions
 from ..tracing.protocol import TraceConfig, View, check_rows
 from ..tracing.sites import Choice, SiteRule, choose_site, cluster_sites, fact_sites, stability
@@ -106,6 +106,8 @@ def run_trace(
     Raises:
         RemaskError: whatever the facts, the model or the options are refused for.
     """
+    check_mode(job.mode)
+    configs = {view: replace(job.config, view=view) for view in job.views}
     workers, started = Workers.here(), time.perf_counter()
     options = dict(load_options or {})
     if workers.device is not None:
@@ -113,14 +115,14 @@ def run_trace(
     lm = load(job.model, **options)
     chosen = load_facts(job.facts)
     asked = wordings(lm, chosen[: job.limit], paraphrases=job.paraphrases)
+    others = None if job.neighbours is None else wordings(lm, load_facts(job.neighbours))
     runner = _Runner(lm, job, workers, out / "parts", console)
-    traces = {view: runner.trace(asked, replace(job.config, view=view), f"view {view}") for view in job.views}
-    near = None
-    if job.neighbours is not None:
-        near = runner.trace(wordings(lm, load_facts(job.neighbours)), replace(job.config, view=job.views[0]), "neighbours")
+    traces = {view: runner.trace(asked, config, f"view {view}") for view, config in configs.items()}
+    near = None if others is None else runner.trace(others, configs[job.views[0]], "neighbours")
     if workers.index:
         return None
-    first = traces[job.views[0]]
+    first, undefined = _defined(traces[job.views[0]], job.rule)
+    asked = replace(asked, skipped={**asked.skipped, **undefined})
     positions = runner.positions(asked, first) if job.positions else None
     record = _record(job, first, near, asked, len(chosen))
     record["trace"] |= {
@@ -149,7 +151,8 @@ class _Runner:
         job, model = self.job, self.lm.fingerprint()
         owners = dict(zip((row.id for row in asked.rows), asked.facts, strict=True))
         parts = [[asked.rows[i] for i in batch] for batch in batches(asked.rows, config)]
-        shared = [model, config, job.mode, job.bfloat16, job.keep_unknown]
+        # The fingerprint is of the weights alone: equal for bf16 weights in fp32, or with another mask token.
+        shared = [model, self.lm.spec, self.lm.embedding.weight.dtype, config, job.mode, job.bfloat16, job.keep_unknown]
         files = [self.folder / f"{digest(*shared, part, [owners[row.id] for row in part])}.safetensors" for part in parts]
         weights = [sum(len(row.ids) * config.steps_of(row) ** 2 for row in part) for part in parts]
         with self.workers.bar(self.console) as progress:
@@ -173,7 +176,7 @@ class _Runner:
             self.workers.wait()
             progress.update(task, completed=sum(weights))
         whole = join([Trace.load(file, model=model) for file in files], [row.id for row in asked.rows])
-        check_known(whole, self.lm.name)
+        check_known(whole, self.lm.name, purpose)
         return whole
 
     def positions(self, asked: Wordings, known: Trace) -> PositionTrace:
@@ -183,6 +186,14 @@ class _Runner:
             return trace_positions(
                 self.lm, rows, self.job.config, keep_unknown=True, memory=self.job.memory, progress=self.console is not None
             )
+
+
+def _defined(found: Trace, rule: SiteRule) -> tuple[Trace, dict[str, str]]:
+    """The rows that have an effect under the rule's weights, and why the others have none."""
+    has = (~aggregate(found, rule.weights).isnan()).flatten(1).any(dim=1).tolist()
+    reason = "one step, and no later one that --strict could read"
+    kept = found.take([i for i, defined in enumerate(has) if defined])
+    return kept, {name: reason for name, defined in zip(found.ids, has, strict=True) if not defined}
 
 
 def _record(job: TraceJob, found: Trace, near: Trace | None, asked: Wordings, given: int) -> dict[str, Any]:
@@ -210,6 +221,7 @@ def _record(job: TraceJob, found: Trace, near: Trace | None, asked: Wordings, gi
             "facts": len(set(found.facts)),
             "rows": len(found.ids),
             "given": given,
+            "asked": given if job.limit is None else min(job.limit, given),
             "steps": config.steps,
             "draws": config.draws,
             "corruption": config.corruption,
@@ -232,6 +244,8 @@ def _write(
     positions: PositionTrace | None,
     rule: SiteRule,
 ) -> None:
+    for stale in [*out.glob("trace-*.safetensors"), *out.glob("positions.*"), out / "neighbours.safetensors"]:
+        stale.unlink(missing_ok=True)  # of an earlier run with other options
     for number, (view, found) in enumerate(traces.items()):
         found.save(out / (f"trace-{view}.safetensors" if number else "trace.safetensors"))
     if near is not None:
@@ -240,11 +254,11 @@ def _write(
         positions.save(out / "positions.safetensors")
     write_atomically(out / "site.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
     named = {str(view): found for view, found in traces.items()}
-    figures = {
-        name: png(figure) for name, figure in trace_figures(named, rule.weights, Site.from_dict(record), positions).items()
-    }
-    for name, data in figures.items():
-        write_atomically(out / f"{name}.png", data)
+    drawn = trace_figures(named, rule.weights, Site.from_dict(record), positions)
+    figures = {name: png(figure) for name, figure in drawn.items()}
+    for name, figure in drawn.items():
+        write_atomically(out / f"{name}.png", figures[name])
+        save_figure(figure, out / f"{name}.svg")
     write_atomically(out / "index.html", trace_page(named, rule.weights, record, figures).encode())
 
 
@@ -257,7 +271,7 @@ def find_site(lm: MaskedDiffusionLM, where: str, facts: Sequence[Fact]) -> Site:
     if where == "auto":
         found = trace(lm, [lm.encode(fact) for fact in facts[:AUTO_FACTS]], progress=True)
         return choose_site(found, SiteRule(module="resid")).site
-    path = Path(where) / "site.json" if Path(where).is_dir() else Path(where)
+    path = site_file(where)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         site, model = Site.from_dict(data), str(data["trace"]["fingerprint"])
@@ -266,6 +280,11 @@ def find_site(lm: MaskedDiffusionLM, where: str, facts: Sequence[Fact]) -> Site:
     if model != lm.fingerprint():
         raise RemaskError(f"{path}: a trace of another model: {model}, {lm.name} is {lm.fingerprint()}; trace again")
     return site
+
+
+def site_file(where: str) -> Path:
+    """The site.json that `--site` names, itself or by its folder."""
+    return Path(where) / "site.json" if Path(where).is_dir() else Path(where)
 
 
 def diff_traces(first: Path, second: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from rich import box
 from rich.table import Table
 
 from ..evaluation.summary import LOGPROB
+from ..tracing.plots import plural
 from .numbers import interval
 
 
@@ -126,7 +127,9 @@ def trace_tables(record: dict[str, Any]) -> list[Table | str]:
     """A trace's chosen site, how sure the choice is, and what was left out."""
     ran, best = record["trace"], record["strongest"]
     table = Table(
-        "site", "wins in resamples", title=f"{ran['model']}: {ran['facts']} facts, {ran['draws']} draws, {ran['mode']}"
+        "site",
+        "wins in resamples",
+        title=f"{ran['model']}: {plural(ran['facts'], 'fact')}, {plural(ran['draws'], 'draw')}, {ran['mode']}",
     )
     for line in record["stability"][:5]:
         table.add_row(f"{line['module']} at layer {line['layer']}", f"{line['share']:.0%}")
@@ -134,11 +137,11 @@ def trace_tables(record: dict[str, Any]) -> list[Table | str]:
         f"Chosen site: {record['module']} at layer {record['layer']}; strongest of all: {best['module']} at layer "
         f"{best['layer']}, restored at step {best['step']} ({best['effect']:+.2f} nats)."
     ]
-    if ran["given"] > ran["rows"] + len(record["unknown"]):
-        notes.append(f"Traced {ran['rows']} of the {ran['given']} facts given (--limit).")
+    if ran["asked"] < ran["given"]:
+        notes.append(f"The first {ran['asked']} of the {ran['given']} facts given (--limit).")
     for what, names in (
         ("whose object the model does not produce; --keep-unknown traces them", record["unknown"]),
-        ("that do not hold the subject", list(record["skipped"])),
+        ("for the reasons in site.json", list(record["skipped"])),
     ):
         if names:
             notes.append(f"Left out: {len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}).")

@@ -129,7 +129,7 @@ def _protocol(trace: Trace, weights: Weights, record: Mapping[str, Any]) -> dict
         "readout": _READOUTS[config.readout],
         "weights": _weights(trace, weights),
         "choice of the site": f"the largest {_rule(record['rule'])}",
-        "work": f"{ran['blocks']:,} passes of a sequence through a block, {ran['seconds']:.1f} s",
+        "work": f"{ran['blocks']:,} passes of a sequence through a block in {ran['seconds']:.1f} s of this run",
     }
 
 

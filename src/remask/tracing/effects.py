@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +26,16 @@ ESTIMANDS: dict[Mode, str] = {
 }
 _FORMAT = 2
 _TENSORS = ("effects", "squares", "clean", "corrupted", "placed", "tokens")
+
+
+def check_mode(mode: str) -> None:
+    """Refuse an unknown mode.
+
+    Raises:
+        RemaskError: the mode is none of those known; they are named.
+    """
+    if mode not in ESTIMANDS:
+        raise RemaskError(f"trace mode {mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
 
 
 @dataclass(frozen=True)
@@ -131,13 +141,18 @@ class Trace:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError, OSError) as error:
             raise RemaskError(f"{path}: not a readable safetensors file ({error}); trace again") from None
-        if header.get("kind") != "trace" or header.get("format") != _FORMAT or set(tensors) != set(_TENSORS):
-            raise RemaskError(f"{path}: not a trace of format {_FORMAT}; trace again with this version")
-        if model is not None and header["model"] != model:
-            raise RemaskError(f"{path}: a trace of another model: {header['model']}, this one is {model}; trace again")
-        names: dict[str, Any] = {name: tuple(header[name]) for name in ("ids", "facts", "unknown")}
-        config = TraceConfig(**header["config"])
-        return cls(**tensors, **names, config=config, mode=header["mode"], model=header["model"], precision=header["precision"])
+        wrong = RemaskError(f"{path}: not a trace of format {_FORMAT}; trace again with this version")
+        if not isinstance(header, dict) or (header.get("kind"), header.get("format")) != ("trace", _FORMAT):
+            raise wrong
+        try:
+            named: dict[str, Any] = {name: tuple(header[name]) for name in ("ids", "facts", "unknown")}
+            named |= {name: header[name] for name in ("mode", "model", "precision")}
+            found = cls(**tensors, **named, config=TraceConfig(**header["config"]))
+        except (KeyError, TypeError):
+            raise wrong from None
+        if model is not None and found.model != model:
+            raise RemaskError(f"{path}: a trace of another model: {found.model}, this one is {model}; trace again")
+        return found
 
     def take(self, rows: Sequence[int]) -> Trace:
         """The same trace over some of its rows, in that order (a row may come several times)."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from safetensors.torch import save
 from torch import Tensor
@@ -143,7 +144,7 @@ def trace_positions(
         raise RemaskError(f"a window of {window} layers restores nothing; give at least 1")
     check_rows(rows)
     found: dict[str, Tensor] = {}
-    for indices in track(batches(rows, config), "tracing positions", disable=not progress):
+    for indices in track(batches(rows, config), "tracing positions", disable=not progress, console=Console(stderr=True)):
         batch = Batch(lm, [rows[i] for i in indices], config, memory)
         if not 0 <= step < batch.steps:
             raise RemaskError(f"fact {batch.rows[0].id!r} has {batch.steps} steps; there is no step {step}")

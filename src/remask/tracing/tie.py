@@ -18,16 +18,17 @@ effect on the restored step itself is read.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
 from ..backbones.model import Encoded, MaskedDiffusionLM
 from ..errors import RemaskError
 from .batch import Batch, Units, batches, clock_reset, precision
-from .effects import Effects, Mode, Trace, assemble, join
+from .effects import Effects, Mode, Trace, assemble, check_mode, join
 from .protocol import TraceConfig, check_rows
 from .reference import reference_effects
 
@@ -71,22 +72,22 @@ def trace(
     }
     parts = [
         trace_batch(lm, [rows[i] for i in batch], config, **options)
-        for batch in track(batches(rows, config), "tracing", disable=not progress)
+        for batch in track(batches(rows, config), "tracing", disable=not progress, console=Console(stderr=True))
     ]
     result = join(parts, [row.id for row in rows])
     check_known(result, lm.name)
     return result
 
 
-def check_known(result: Trace, model: str) -> None:
-    """Refuse a trace without facts.
+def check_known(result: Trace, model: str, purpose: str = "facts") -> None:
+    """Refuse a trace without facts; `purpose` says of what.
 
     Raises:
         RemaskError: every fact was left out.
     """
     if not result.ids:
         raise RemaskError(
-            f"{model} does not produce the object of any of the {len(result.unknown)} facts, so there is nothing to trace; "
+            f"{purpose}: {model} does not produce the object of any of the {len(result.unknown)} facts, nothing is left; "
             "give facts that it knows, or keep unknown ones (--keep-unknown)"
         )
 
@@ -107,8 +108,7 @@ def trace_batch(
 
     `facts` maps row names to facts, `model` is the fingerprint; the rest is as in `trace`.
     """
-    if mode not in get_args(Mode):
-        raise RemaskError(f"trace mode {mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
+    check_mode(mode)
     batch = Batch(lm, rows, config, memory)
     with clock_reset(lm):
         batch.run_clean()

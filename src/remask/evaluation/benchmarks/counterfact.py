@@ -164,13 +164,19 @@ def _case(
         raise RemaskError(f"{where}: {error}") from None
 
 
-def _known(folder: Path, edited: set[str], scored: set[str]) -> list[Fact]:
-    """Statements of known_1000; columns that other projects added to the file are left alone."""
+def load_known(folder: Path) -> list[Fact]:
+    """Statements of ROME's known_1000 that hold their subject; none where the file is missing.
+
+    Columns that other projects added to the file are left alone.
+    """
     path = find_file(folder, ["known_1000"])
-    if path is None:
-        return []
     return [
         Fact(f"known/{row['known_id']}", row["prompt"], row["subject"], row["attribute"], group=row["subject"])
-        for _, row in read_rows(path, KNOWN, extra=True)
-        if row["subject"] in row["prompt"] and row["subject"] not in edited and row["prompt"] not in scored
+        for _, row in (read_rows(path, KNOWN, extra=True) if path is not None else ())
+        if row["subject"] in row["prompt"]
     ]
+
+
+def _known(folder: Path, edited: set[str], scored: set[str]) -> list[Fact]:
+    """Those that neither speak of an edited subject nor are scored otherwise."""
+    return [fact for fact in load_known(folder) if fact.subject not in edited and fact.prompt not in scored]
