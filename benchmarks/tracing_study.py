@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 from rich.console import Console
 from tune_edits import FIRST_MU, STRANGERS, Tuner
 
@@ -41,7 +42,7 @@ from remask.tracing import (
     trace,
     trace_positions,
 )
-from remask.tracing.plots import fact_maps, heatmap, layer_lines, position_map
+from remask.tracing.plots import heatmap, position_map
 from remask.tracing.positions import CLASSES
 
 ROOT = Path(__file__).parents[1]
@@ -92,8 +93,6 @@ def study(name: str, plan: dict[str, Any], data: Path, cache: Path) -> dict[str,
     few = rows[:: max(1, len(rows) // plan["positions"]["facts"])][: plan["positions"]["facts"]]
     single = trace_positions(lm, few, TraceConfig(draws=plan["positions"]["draws"]), progress=True)
     save_figure(heatmap(first, site=choose_site(first, RULES["mean absolute"]).site), IMAGES / f"tracing_{name}.png")
-    save_figure(layer_lines(first), IMAGES / f"tracing_{name}_layers.png")
-    save_figure(fact_maps(first, limit=8), IMAGES / f"tracing_{name}_facts.png")
     save_figure(position_map(single), IMAGES / f"tracing_{name}_positions.png")
     result = {
         "fingerprint": lm.fingerprint(),
@@ -291,6 +290,8 @@ def edit_figure(measured: dict[str, dict[str, Any]]) -> Figure:
                 label = "traced layer" if fold == 0 else None
                 axis.plot(pick, line[pick], "*", markersize=15, color=drawn.get_color(), markeredgecolor="black", label=label)
             axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
             axis.set_title(f"{name}, edit {preset}", fontsize=11)
             axis.set_xlabel("layer of the edit")
             axis.set_ylabel("retain loss (nats a row)")

@@ -24,7 +24,8 @@ from rich.progress import track
 
 from remask import Fact, MaskBank, RemaskError, Site, load
 from remask.editing.calibrate import Level, calibrate, mean_logprob, target_level
-from remask.editing.memory import EditMemory, preset
+from remask.editing.config import preset
+from remask.editing.memory import EditMemory
 from remask.editing.steering import mean_delta
 from remask.evaluation.benchmarks.registry import load_benchmark, split_groups
 

@@ -20,7 +20,7 @@ from remask.backbones import Encoded, MaskedDiffusionLM, Site, load
 from remask.diffusion.likelihood import elbo
 from remask.diffusion.masks import MaskBank
 from remask.diffusion.sampler import SamplerConfig
-from remask.editing.memory import EditMemory, MemoryConfig
+from remask.editing import EditMemory, MemoryConfig
 from remask.errors import RemaskError
 from remask.evaluation.attacks.base import Attack, Attempt
 from remask.evaluation.attacks.canvas import HiddenBank, Infill, Prefill
@@ -462,7 +462,7 @@ def test_hooks_act_on_the_adapted_output(taught: MaskedDiffusionLM) -> None:
         for handle in handles:
             handle.remove()
         adapted = outputs["base"] + outputs["lora"] * wrapper.scaling["default"]
-        want = adapted + memory.coefficients(adapted) @ memory.deltas * memory.alpha
+        want = adapted + (adapted @ memory.solution.readout.T) @ memory.deltas * memory.alpha
         assert not torch.allclose(adapted, outputs["base"], atol=1e-2)
         assert torch.allclose(outputs["edited"], want, atol=1e-4)
     with torch.inference_mode():  # detached after the adapters went: the handle still finds its hook

@@ -289,12 +289,12 @@ def test_edit_build_and_list_round_trip(remask: Remask, tiny: MaskedDiffusionLM,
     words = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "--retain", files / "retain.jsonl", "-o", out]
     result = remask(*words, "--alpha", "2.5", "--layer", 3)
     assert result.code == 0, result.err
-    listed = remask("edit", "list", out, "--json").data
-    assert listed["fact_ids"] == [fact.id for fact in CHOSEN]
+    listed = remask("edit", "show", out, "--json").data
+    assert listed["fact_ids"] == sorted(fact.id for fact in CHOSEN)
     assert (listed["facts"], listed["alpha"], listed["preset"]) == (len(CHOSEN), 2.5, "default")
     assert (listed["site"]["layer"], listed["model"]) == (3, tiny.fingerprint())
     assert listed["keys"] == len(EditMemory.load(out).keys)
-    table = remask("edit", "list", out).out
+    table = remask("edit", "show", out).out
     assert all(fact.id in table for fact in CHOSEN)
 
 
@@ -457,7 +457,7 @@ def test_missing_files_are_refused(remask: Remask, files: Path, tmp_path: Path) 
     assert_refused(remask("score", "tiny", "--facts", gone), str(gone))
     assert_refused(remask("score", "tiny", "--facts", files), str(files))
     assert_refused(remask("generate", "tiny", "--prompt", "x", "--edit", gone), str(gone))
-    assert_refused(remask("edit", "list", gone), str(gone))
+    assert_refused(remask("edit", "show", gone), str(gone))
     build = ["edit", "build", "tiny", "--facts", files / "facts.jsonl", "-o", out]
     assert_refused(remask(*build, "--retain", gone), str(gone))
     assert_refused(remask(*build, "--site", gone), str(gone))
@@ -520,7 +520,7 @@ def test_edit_of_another_model_is_refused_with_both_fingerprints(
         words = [tiny.fingerprint(), other]
         assert_refused(remask("generate", "tiny", "--prompt", "x", "--edit", edit, "--json"), *words)
         assert_refused(remask("score", "tiny", "--facts", files / "facts.jsonl", "--edit", edit), *words)
-        assert remask("edit", "list", edit, "--json").data["model"] == other  # looking at it is fine
+        assert remask("edit", "show", edit, "--json").data["model"] == other  # looking at it is fine
 
 
 @pytest.mark.usefixtures("small_world")
@@ -538,7 +538,7 @@ def test_audit_of_another_models_memory_is_refused(remask: Remask, tiny: MaskedD
 def test_file_that_is_no_memory_is_refused(remask: Remask, tmp_path: Path, data: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(data)
     for words in (
-        ["edit", "list", tmp_path / "m.safetensors"],
+        ["edit", "show", tmp_path / "m.safetensors"],
         ["generate", "tiny", "--prompt", "x", "--edit", tmp_path / "m.safetensors"],
     ):
         assert_refused(remask(*words), str(tmp_path / "m.safetensors"))
@@ -630,7 +630,7 @@ def test_model_without_a_tuned_layer_asks_for_one(remask: Remask, files: Path, t
     assert_refused(remask(*words), "--layer")
     assert not (tmp_path / "m").exists()
     assert remask(*words, "--layer", 1, "--alpha", 1).code == 0
-    assert remask("edit", "list", tmp_path / "m", "--json").data["site"]["layer"] == 1
+    assert remask("edit", "show", tmp_path / "m", "--json").data["site"]["layer"] == 1
 
 
 def test_output_that_cannot_be_written_is_one_sentence(remask: Remask, files: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 def memory(keys: torch.Tensor, deltas: torch.Tensor, **config: object) -> EditMemory:
     settings = MemoryConfig(mu=0.0, **config)
-    names = tuple(f"f{i}" for i in range(len(keys)))
+    names = tuple(f"f{i:03}" for i in range(len(keys)))
     return EditMemory(settings, Site(0), names, keys, deltas, torch.arange(len(keys)), "model")
 
 
@@ -84,8 +84,8 @@ def test_retain_weight_without_retain_keys_is_refused() -> None:
 def test_q_keeps_exactly_the_largest_ceil_qn(n: int, percent: int, seed: int) -> None:
     hidden = draw(seed + 1, 2, 3, 6)
     keys = draw(seed, n, 6)
-    dense = memory(keys, keys, q=1.0).coefficients(hidden)
-    sparse = memory(keys, keys, q=percent / 100).coefficients(hidden)
+    dense = hidden @ memory(keys, keys).solution.readout.T
+    sparse = memory(keys, keys, q=min(percent / 100, 1 - 1e-9)).shift().coefficients(hidden)
     keep = math.ceil(Fraction(percent, 100) * n)
     assert sparse.shape == (2, 3, n)
     for full, kept in zip(dense.reshape(-1, n), sparse.reshape(-1, n), strict=True):

@@ -380,7 +380,7 @@ def test_exact_and_reference_agree(remask: Remask, done: Path, others: Path) -> 
         ("sweep", ["sweep (fixed trajectory", "exact (free-running"]),
         ("one", ["ids", KNOWN["city"].id]),
         ("steps", ["config", "steps=2"]),
-        (".", ["trace.safetensors: no such file"]),
+        (".", ["trace.safetensors: no such trace"]),
     ],
 )
 def test_what_cannot_be_compared_is_refused(remask: Remask, done: Path, others: Path, other: str, named: list[str]) -> None:

@@ -17,6 +17,7 @@ from .diffusion import (
 )
 from .editing import PRESETS, EditMemory, MemoryConfig, SteeringVector, calibrate, mean_delta
 from .errors import RemaskError
+from .experiments.edits import attach, load_edit
 from .facts import Fact, load_facts, save_facts
 from .figures import save_figure
 from .tracing import Trace, TraceConfig, choose_site, trace, trace_positions
@@ -44,6 +45,7 @@ __all__ = [
     "SteeringVector",
     "Trace",
     "TraceConfig",
+    "attach",
     "bernoulli",
     "calibrate",
     "chain",
@@ -53,6 +55,7 @@ __all__ = [
     "generate",
     "infill",
     "load",
+    "load_edit",
     "load_facts",
     "mean_delta",
     "pll",

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -438,8 +437,3 @@ def length_batches(lengths: Sequence[int], token_budget: int) -> Iterator[np.nda
             stop += 1
         yield order[start:stop]
         start = stop
-
-
-def canonical_json(data: Any) -> str:
-    """Deterministic JSON, for fingerprints and metadata."""
-    return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

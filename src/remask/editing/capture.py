@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -20,8 +19,7 @@ from ..backbones.model import Encoded, MaskedDiffusionLM, Site, capture, length_
 from ..diffusion.canvas import TOKEN_BUDGET, canvas_batches
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
-
-Anchor = Literal["prompt", "subject", "unknown"]
+from .config import Anchor
 
 
 @dataclass(frozen=True)
@@ -92,28 +90,51 @@ def _answer_residuals(
 
 
 @torch.inference_mode()
-def capture_paper(lm: MaskedDiffusionLM, site: Site, original: Sequence[Encoded], target: Sequence[Encoded]) -> Captured:
-    """Equations (6)-(9): k = mean subject residual, delta = mean object residual, target placed minus original placed.
+def capture_subject(
+    lm: MaskedDiffusionLM, site: Site, original: Sequence[Encoded], values: Tensor, pooling: str = "subject-mean"
+) -> Captured:
+    """Equations (6)-(9): keys at the subject, delta = value - mean object residual, objects fully revealed.
 
     Args:
-        original: facts with their own answers; target: the same prompts with the target answers. Objects fully revealed.
+        original: facts with their own answers.
+        values: [facts, d], what the object's mean residual is to become.
+        pooling: `subject-mean`, `subject-last`, or `subject-all`: every subject token is a key with the fact's delta.
     """
     _require_bare(lm)
-    keys = _pooled(lm, site, original, "subject")
-    deltas = _pooled(lm, site, target, "object") - _pooled(lm, site, original, "object")
-    return Captured(keys, deltas, torch.arange(len(original)))
+    states = _revealed(lm, site, original)
+    keys, owner = [], []
+    for index, (row, hidden) in enumerate(zip(original, states, strict=True)):
+        subject = hidden[slice(*row.subject)]
+        picked = {"subject-mean": subject.mean(0, keepdim=True), "subject-last": subject[-1:], "subject-all": subject}[pooling]
+        keys.append(picked)
+        owner += [index] * len(picked)
+    deltas = values - torch.stack([_object(row, hidden) for row, hidden in zip(original, states, strict=True)])
+    return Captured(torch.cat(keys), deltas[owner], torch.tensor(owner))
 
 
-def _pooled(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], where: str) -> Tensor:
-    """Mean residual over the subject or the object positions of fully revealed canvases, [N, d]."""
-    result = torch.zeros(len(rows), lm.hidden_size)
+@torch.inference_mode()
+def object_values(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], *, masked: bool = False) -> Tensor:
+    """Mean residual at the object positions, [rows, d], fp32: revealed, or left as masks."""
+    _require_bare(lm)
+    states = _revealed(lm, site, rows, masked=masked)
+    return torch.stack([_object(row, hidden) for row, hidden in zip(rows, states, strict=True)])
+
+
+def _object(row: Encoded, hidden: Tensor) -> Tensor:
+    return hidden[len(row.prompt_ids) :].mean(dim=0)
+
+
+def _revealed(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], *, masked: bool = False) -> list[Tensor]:
+    """Residuals [L, d] of every row's whole canvas, on the CPU."""
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
     for batch in length_batches([len(row.ids) for row in rows], TOKEN_BUDGET):
-        hidden = site_output(lm, site, torch.tensor([rows[i].ids for i in batch], device=lm.device))
-        for index, states in zip(batch, hidden.cpu(), strict=True):
-            row = rows[index]
-            span = slice(*row.subject) if where == "subject" else slice(len(row.prompt_ids), None)
-            result[index] = states[span].mean(dim=0)
-    return result
+        ids = torch.tensor([rows[i].ids for i in batch], device=lm.device)
+        if masked:
+            for line, i in enumerate(batch):
+                ids[line, len(rows[i].prompt_ids) :] = lm.spec.mask_id
+        for index, states in zip(batch, site_output(lm, site, ids).cpu(), strict=True):
+            found[index] = states
+    return found
 
 
 def _require_bare(lm: MaskedDiffusionLM) -> None:

@@ -1,44 +1,34 @@
-"""Edit files: safetensors with a JSON header (format version, kind, site, settings). Nothing is ever unpickled."""
+"""Edit files: tensors with a header that tells the kind of edit, its site and its settings."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ..backbones.model import canonical_json
 from ..errors import RemaskError
-from ..facts import write_atomically
+from ..tensorfile import read_tensors, write_tensors
 
-FORMAT = 1
+FORMAT = 2
 
 
 def write_edit(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write an edit file, atomically."""
-    metadata = {"remask": canonical_json({"format": FORMAT, "kind": kind, **header})}
-    write_atomically(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata))
+    write_tensors(path, {"format": FORMAT, "kind": kind, **header}, tensors)
 
 
 def read_edit(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header (with `kind`) and tensors of an edit file.
+    """Header (with `kind`) and tensors of an edit file, all of them finite.
 
     Raises:
-        RemaskError: missing or unreadable file, or one of another format version.
+        RemaskError: missing or unreadable file, one of another format, or numbers that are not finite.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise RemaskError(f"{path}: no such edit file")
-    try:
-        with safe_open(path, framework="pt") as stream:
-            header = json.loads((stream.metadata() or {}).get("remask", "{}"))
-            tensors = {key: stream.get_tensor(key) for key in list(stream.keys())}
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise RemaskError(f"{path}: not an edit file ({error})") from None
-    if not isinstance(header, dict) or header.get("format") != FORMAT or "kind" not in header:
-        raise RemaskError(f"{path}: not an edit file of format {FORMAT}; build it again with this version")
+    header, tensors = read_tensors(path, "edit file", FORMAT)
+    if "kind" not in header:
+        raise RemaskError(f"{path}: not an edit file; build it again")
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise RemaskError(f"{path}: damaged edit file ({name} holds numbers that are not finite); build it again")
     return header, tensors

@@ -4,91 +4,71 @@
 
 S_q keeps the ceil(q N) largest coefficients of each token. Presets: `paper` is the literal reading of TimeROME-DLM's equations
 6-12 (one subject key a fact, refusal target, absolute ridge); `default` reads keys where predictions are made, moves them to
-what the model itself says when it cannot see who is asked about, and solves with the retain set in the system.
+what the model itself says when it cannot see who is asked about, and solves with the retain set in the system; `softmax`
+retrieves among forget and retain keys instead; `gated` is equation 10.
+
+A memory is a value. Its rows are kept in the order of fact ids, so it does not depend on the order in which facts came, and one
+from which facts were removed is the one that never held them, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..backbones.intervention import Intervention, add_shift
-from ..backbones.model import Encoded, MaskedDiffusionLM, Site
-from ..diffusion.masks import MaskBank
+from ..backbones.model import MaskedDiffusionLM, Site
 from ..errors import RemaskError
-from ..facts import Fact, check_unique_ids
+from ..facts import Fact
+from .build import capture_facts, fact_hash, in_order
 from .calibrate import anchor_level, calibrate
-from .capture import Anchor, Captured, capture_anchor, capture_keys, capture_paper
+from .capture import Captured, capture_keys
+from .config import PRESETS, MemoryConfig
 from .files import read_edit, write_edit
+from .shift import GatedShift, LinearShift, Shift, SoftmaxShift, TopShift
+from .site import SiteEdit
 from .solve import Solution, second_moment, solve_readout
 
 
 @dataclass(frozen=True)
-class MemoryConfig:
-    """How a memory is captured and solved.
+class Retained:
+    """What a memory keeps of the retain set: how many keys it had, their mean [d] and second moment [d, d], fp32.
 
-    Attributes:
-        preset: name recorded with every number.
-        keys: `subject` (one mean key a fact) or `answer` (every masked answer position of partial states).
-        target: what deltas move towards: `refusal` text, or the `anchor` residual.
-        anchor: what the anchor state hides: `prompt`, `subject`, or nothing but the subject's identity (`unknown`).
-        unknown: for anchor `unknown`, names that the model was never taught, put in the subject's place.
-        refusal: the refusal text.
-        ridge, relative: lambda, and whether it is in units of the mean squared key norm.
-        mu: weight of the retain term per retain key, relative to a forget key.
-        q: share of keys that may fire at a token; 1 = dense.
-        states: partial states a fact; state_seed: their seed.
+    `keys` [m, d] are kept only where the readout looks them up (softmax); [0, d] otherwise.
     """
 
-    preset: str = "default"
-    keys: Literal["subject", "answer"] = "answer"
-    target: Literal["refusal", "anchor"] = "anchor"
-    anchor: Anchor = "subject"
-    unknown: tuple[str, ...] = ()
-    refusal: str = "I don't know."
-    ridge: float = 1e-3
-    relative: bool = True
-    mu: float = 10.0
-    q: float = 1.0
-    states: int = 4
-    state_seed: int = 1_000_003
+    count: int
+    mean: Tensor
+    moment: Tensor
+    keys: Tensor
 
-    def __post_init__(self) -> None:
-        if not 0 < self.q <= 1:
-            raise RemaskError(f"q must be in (0, 1], not {self.q}")
-        if self.ridge <= 0 or self.mu < 0 or self.states < 1:
-            raise RemaskError("a memory needs ridge > 0, mu >= 0 and states >= 1")
-        if (self.keys == "subject" and self.target == "anchor") or (self.keys == "answer" and self.target == "refusal"):
-            raise RemaskError("subject keys go with target 'refusal', answer keys with target 'anchor'")
-        object.__setattr__(self, "unknown", tuple(self.unknown))
-        if (self.anchor == "unknown") != bool(self.unknown):
-            raise RemaskError("anchor 'unknown' needs names that the model was never taught, and only it takes them")
+    @classmethod
+    def of(cls, keys: Tensor, *, keep: bool) -> Retained:
+        """From retain keys [m, d]."""
+        return cls(len(keys), keys.mean(0), second_moment(keys).float(), keys if keep else keys[:0])
 
-    @property
-    def bank(self) -> MaskBank:
-        """The partial states that captures read; their seed is never a scoring bank's."""
-        return MaskBank(draws=self.states, replicates=1, seed=self.state_seed)
-
-
-PRESETS: dict[str, MemoryConfig] = {
-    "default": MemoryConfig(),
-    "paper": MemoryConfig(preset="paper", keys="subject", target="refusal", ridge=1.0, relative=False, mu=0.0),
-}
+    def equals(self, other: Retained) -> bool:
+        """Whether both came from the same keys."""
+        return self.count == other.count and torch.equal(self.moment, other.moment) and torch.equal(self.keys, other.keys)
 
 
 @dataclass
-class EditMemory(Intervention):
-    """A solved collection of edits at one site; a value that can be attached, saved, and have facts removed.
+class EditMemory(SiteEdit):
+    """A solved collection of edits at one site; a value that can be attached, saved, and have facts added and removed.
 
     Attributes:
+        config: how it was captured and solved; site: where.
+        fact_ids: sorted; hashes: of each fact's texts, "" where unknown.
         keys, deltas: [n, d] fp32; owner: index into `fact_ids` of each row, [n].
-        retain_moment: second moment of the retain keys [d, d], or None.
         model: fingerprint of the model that it was captured on.
+        alpha: strength.
+        retained: of the retain set; None without one.
     """
 
     config: MemoryConfig
@@ -99,18 +79,75 @@ class EditMemory(Intervention):
     owner: Tensor
     model: str
     alpha: float = 1.0
-    retain_moment: Tensor | None = None
+    retained: Retained | None = None
+    hashes: tuple[str, ...] = ()
     solution: Solution = field(init=False)
     kind = "edit memory"
 
     def __post_init__(self) -> None:
-        self.solution = solve_readout(
-            self.keys,
-            self.config.ridge,
-            relative=self.config.relative,
-            retain_moment=self.retain_moment,
-            mu=self.config.mu,
-        )
+        self.hashes = self.hashes or ("",) * len(self.fact_ids)
+        self._check()
+        self._sort()
+        if not self.deltas.any():
+            raise RemaskError("every delta is zero: the target equals what the model does anyway, so there is nothing to write")
+        if self.config.readout == "gated" and len(self.keys) != 1:
+            raise RemaskError(f"the gated edit holds one key, not {len(self.keys)}; use preset 'paper' for several facts")
+        self.solution = self._solve()
+
+    def _check(self) -> None:
+        """Refuse parts that do not fit together, and numbers that are not finite."""
+        n, d = self.keys.shape
+        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"keys": (self.keys, (n, d)), "deltas": (self.deltas, (n, d))}
+        looked_up = self.config.readout == "softmax"
+        if self.retained is not None:
+            kept, m = self.retained, self.retained.count if looked_up else 0
+            tensors |= {
+                "retain mean": (kept.mean, (d,)),
+                "retain moment": (kept.moment, (d, d)),
+                "retain keys": (kept.keys, (m, d)),
+            }
+        elif looked_up:
+            raise RemaskError("the readout 'softmax' needs retain keys; build the memory with retain facts")
+        for name, (tensor, shape) in tensors.items():
+            if tensor.shape != shape:
+                raise RemaskError(f"{name}: shape {list(tensor.shape)} where {list(shape)} is needed")
+            if not tensor.isfinite().all():
+                raise RemaskError(f"{name}: not every number is finite; choose a site where the model's residuals are")
+        count, owners = len(self.fact_ids), self.owner.tolist()
+        if len(owners) != n or set(owners) != set(range(count)) or not count == len(set(self.fact_ids)) == len(self.hashes):
+            raise RemaskError("every row must belong to a fact, and every fact needs a row, a hash and an id of its own")
+        if not math.isfinite(self.alpha):
+            raise RemaskError(f"alpha must be a finite number, not {self.alpha}")
+
+    def _sort(self) -> None:
+        """Rows and facts in the order of fact ids; the rows of a fact keep their order."""
+        order = sorted(range(len(self.fact_ids)), key=self.fact_ids.__getitem__)
+        place = torch.empty(len(order), dtype=torch.long)
+        place[order] = torch.arange(len(order))
+        rows = place[self.owner].argsort(stable=True)
+        self.fact_ids = tuple(self.fact_ids[i] for i in order)
+        self.hashes = tuple(self.hashes[i] for i in order)
+        self.keys, self.deltas, self.owner = self.keys[rows], self.deltas[rows], place[self.owner][rows]
+
+    @cached_property
+    def centre(self) -> Tensor:
+        """What is subtracted from keys and residuals, [d]."""
+        if not self.config.centre:
+            return torch.zeros(self.keys.shape[1])
+        return self.keys.mean(0) if self.retained is None else self.retained.mean
+
+    def _solve(self) -> Solution:
+        moment = None
+        if self.config.mu > 0 and self.retained is not None:
+            moment = self.retained.moment
+            if self.config.centre:  # E[(r - c)(r - c)^T] with c the mean of r
+                moment = moment.double() - torch.outer(self.centre.double(), self.centre.double())
+        keys = self.keys - self.centre
+        if not keys.any():
+            raise RemaskError(
+                "centring leaves nothing of the keys: all are equal; set centre=False, or mu > 0 with retain facts"
+            )
+        return solve_readout(keys, self.config.ridge, relative=self.config.relative, retain_moment=moment, mu=self.config.mu)
 
     @classmethod
     def build(
@@ -127,80 +164,123 @@ class EditMemory(Intervention):
         """Capture and solve a memory of `facts` at `site`; only the blocks up to the site run.
 
         Args:
-            retain: facts to leave alone; needed when `config.mu` > 0.
+            retain: facts to leave alone; needed where `config.needs_retain`.
             alpha: strength, or "calibrated": the one that brings the facts to `level`.
             level: mean log-probability of the facts, nats a row; None = the model's own with the prompt masked.
 
         Raises:
-            RemaskError: no facts, duplicate ids, site outside the model, an intervention attached, singular Gram matrix.
+            RemaskError: no facts, duplicate ids, one question with two targets, a fact that is also retained, site outside the
+                model, an intervention attached, singular Gram matrix, nothing to write.
         """
-        if not facts:
-            raise RemaskError("a memory needs at least one fact")
-        check_unique_ids(facts, "memory")
-        check_unique_ids(retain, "retain set")
+        facts = in_order(facts, retain)
         lm.site_module(site)
-        rows = [lm.encode(fact) for fact in facts]
-        if config.keys == "subject":
-            targets = [lm.encode(fact, answer=fact.target or config.refusal) for fact in facts]
-            captured = capture_paper(lm, site, rows, targets)
-        else:
-            unknown = [[_renamed(lm, fact, name) for fact in facts] for name in config.unknown]
-            captured = capture_anchor(lm, site, rows, config.bank, config.anchor, unknown)
-        moment = None
-        if config.mu > 0:
-            if not retain:
-                raise RemaskError("the default memory is retain-aware and needs retain facts; pass --retain, or preset 'paper'")
-            moment = second_moment(capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank)).float()
+        if config.needs_retain and not retain:
+            raise RemaskError(
+                f"this memory (preset {config.preset!r}) needs retain facts; pass --retain, or choose preset 'paper'"
+            )
+        captured = capture_facts(lm, facts, site, config, retain)
+        retained = None
+        if config.mu > 0 or config.readout == "softmax":
+            keys = capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank)
+            retained = Retained.of(keys, keep=config.readout == "softmax")
+        ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
         strength = 1.0 if alpha == "calibrated" else alpha
-        memory = cls._of(captured, config, site, tuple(fact.id for fact in facts), lm.fingerprint(), strength, moment)
+        parts = (captured.keys, captured.deltas, captured.owner)
+        memory = cls(config, site, ids, *parts, lm.fingerprint(), strength, retained, hashes)
         if alpha != "calibrated":
             return memory
+        rows = [lm.encode(fact) for fact in facts]
         return calibrate(lm, memory, rows, anchor_level(lm, rows) if level is None else level)
 
-    @classmethod
-    def _of(
-        cls,
-        captured: Captured,
-        config: MemoryConfig,
-        site: Site,
-        fact_ids: tuple[str, ...],
-        model: str,
-        alpha: float,
-        moment: Tensor | None,
-    ) -> EditMemory:
-        return cls(config, site, fact_ids, captured.keys, captured.deltas, captured.owner, model, alpha, moment)
-
     # ---------------------------------------------------------------- acting
-    def coefficients(self, hidden: Tensor) -> Tensor:
-        """S_q(A h): [..., n] for residuals [..., d]."""
-        dense = hidden @ self.solution.readout.to(hidden).T
-        count = -(-int(self.config.q * len(self.keys) * 1_000_000) // 1_000_000)  # ceil without float dust
-        if count >= dense.shape[-1]:
-            return dense
-        top = dense.abs().topk(max(1, count), dim=-1).indices
-        return torch.zeros_like(dense).scatter(-1, top, dense.gather(-1, top))
-
-    def _install(self, lm: MaskedDiffusionLM) -> Callable[[], None]:
-        if self.model != lm.fingerprint():
-            raise RemaskError(
-                f"this memory was built on model {self.model} and does not fit {lm.name} ({lm.fingerprint()}); build it again"
+    def shift(self) -> Shift:
+        """What the memory adds to a residual, strength included."""
+        config, n = self.config, len(self.keys)
+        values = self.deltas * self.alpha
+        if config.readout == "softmax":
+            assert self.retained is not None
+            keys = torch.cat([self.keys, self.retained.keys])
+            values = torch.cat([values, torch.zeros_like(self.retained.keys)])
+            centre = self.centre if config.centre else keys.mean(0)
+            return SoftmaxShift(keys, values, torch.ones(len(keys)), config.beta, centre)
+        if config.readout == "gated":
+            key = self.keys[0] - self.centre
+            return GatedShift(
+                key, values[0], config.ridge * (float(key.square().sum()) if config.relative else 1.0), config.cap
             )
-        if self.alpha == 0:
-            return lambda: None
-        if self.config.q == 1:
-            folded = (self.solution.readout.double().T @ self.deltas.double() * self.alpha).float().to(lm.device)
-            return add_shift(lm, self.site, lambda hidden: hidden @ folded.to(hidden.dtype))
-        deltas = (self.deltas * self.alpha).to(lm.device)
-        return add_shift(lm, self.site, lambda hidden: self.coefficients(hidden) @ deltas.to(hidden.dtype))
+        if config.q == 1:
+            return LinearShift(self.solution.readout.double().T @ self.deltas.double() * self.alpha, self.centre)
+        count = -(-int(config.q * n * 1_000_000) // 1_000_000)  # ceil without float dust
+        return TopShift(self.solution.readout, values, max(1, count), self.centre)
 
     def _tensors(self) -> list[Tensor]:
-        return [self.solution.readout, self.deltas]
+        return list(self.shift().buffers())
 
     def with_alpha(self, alpha: float) -> EditMemory:
         """The same memory at another strength; nothing is solved again."""
         other = object.__new__(EditMemory)
         other.__dict__.update(self.__dict__ | {"alpha": alpha})
         return other
+
+    def __mul__(self, factor: float) -> EditMemory:
+        """`0.5 * memory`: the same memory at half its strength."""
+        return self.with_alpha(self.alpha * factor)
+
+    __rmul__ = __mul__
+
+    # ---------------------------------------------------------------- facts come and go
+    def add(self, lm: MaskedDiffusionLM, facts: Sequence[Fact], *, retain: Sequence[Fact] = ()) -> EditMemory:
+        """A memory that holds these facts too, captured and solved as the others were.
+
+        Args:
+            retain: only for targets that read the retain facts (`mean`, `other`).
+
+        Raises:
+            RemaskError: another model, an id that the memory holds already, or whatever `build` refuses.
+        """
+        if self.model != lm.fingerprint():
+            raise RemaskError(
+                f"this memory is of model {self.model}, {lm.name} is {lm.fingerprint()}; add facts on its own model"
+            )
+        facts = in_order(facts, retain)
+        held = [fact.id for fact in facts if fact.id in self.fact_ids]
+        if held:
+            raise RemaskError(f"the memory holds fact {held[0]!r} already; remove it first, or give the new one another id")
+        captured = capture_facts(lm, facts, self.site, self.config, retain)
+        return self._with(captured, tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts))
+
+    def merge(self, other: EditMemory) -> EditMemory:
+        """Both memories' facts in one, solved together; `a + b` is the same. Retain sets are pooled by their sizes.
+
+        Raises:
+            RemaskError: other model, site or settings, or a fact that both hold; names what differs.
+        """
+        for what, mine, theirs in (
+            ("models", self.model, other.model),
+            ("sites", self.site, other.site),
+            ("settings", self.config, other.config),
+            ("strengths", self.alpha, other.alpha),
+        ):
+            if mine != theirs:
+                remedy = "; give both one (--alpha)" if what == "strengths" else ""
+                raise RemaskError(f"memories of different {what} cannot be merged: {mine} against {theirs}{remedy}")
+        both = sorted(set(self.fact_ids) & set(other.fact_ids))
+        if both:
+            raise RemaskError(f"both memories hold fact {both[0]!r}; remove it from one of them first")
+        captured = Captured(other.keys, other.deltas, other.owner)
+        return self._with(captured, other.fact_ids, other.hashes, _pooled(self.retained, other.retained))
+
+    def __add__(self, other: EditMemory) -> EditMemory:
+        return self.merge(other)
+
+    def _with(
+        self, more: Captured, ids: tuple[str, ...], hashes: tuple[str, ...], retained: Retained | None = None
+    ) -> EditMemory:
+        keys, deltas = torch.cat([self.keys, more.keys]), torch.cat([self.deltas, more.deltas])
+        owner = torch.cat([self.owner, more.owner + len(self.fact_ids)])
+        names, marks = self.fact_ids + ids, self.hashes + hashes
+        kept = retained or self.retained
+        return EditMemory(self.config, self.site, names, keys, deltas, owner, self.model, self.alpha, kept, marks)
 
     def remove(self, *fact_ids: str) -> EditMemory:
         """A memory without these facts: equal to one that never held them; nothing of theirs is kept.
@@ -217,9 +297,18 @@ class EditMemory(Intervention):
         keep = torch.isin(self.owner, torch.tensor(left))
         renumber = torch.full((len(self.fact_ids),), -1)
         renumber[left] = torch.arange(len(left))
-        captured = Captured(self.keys[keep], self.deltas[keep], renumber[self.owner[keep]])
-        names = tuple(self.fact_ids[i] for i in left)
-        return self._of(captured, self.config, self.site, names, self.model, self.alpha, self.retain_moment)
+        return EditMemory(
+            self.config,
+            self.site,
+            tuple(self.fact_ids[i] for i in left),
+            self.keys[keep],
+            self.deltas[keep],
+            renumber[self.owner[keep]],
+            self.model,
+            self.alpha,
+            self.retained,
+            tuple(self.hashes[i] for i in left),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Preset, site, strength, size, conditioning."""
@@ -238,14 +327,16 @@ class EditMemory(Intervention):
     def save(self, path: str | Path) -> None:
         """Write an edit file, atomically."""
         tensors = {"keys": self.keys, "deltas": self.deltas, "owner": self.owner}
-        if self.retain_moment is not None:
-            tensors["retain_moment"] = self.retain_moment
+        if self.retained is not None:
+            tensors |= {f"retain_{name}": getattr(self.retained, name) for name in ("mean", "moment", "keys")}
         header = {
             "model": self.model,
             "site": self.site.to_dict(),
             "config": asdict(self.config),
             "alpha": self.alpha,
             "fact_ids": list(self.fact_ids),
+            "hashes": list(self.hashes),
+            "retain_count": 0 if self.retained is None else self.retained.count,
         }
         write_edit(path, self.kind, header, tensors)
 
@@ -260,6 +351,10 @@ class EditMemory(Intervention):
         if header["kind"] != cls.kind:
             raise RemaskError(f"{path}: holds a {header['kind']}, not an edit memory")
         try:
+            retained = None
+            if header["retain_count"]:
+                mean, moment, keys = (tensors[f"retain_{name}"] for name in ("mean", "moment", "keys"))
+                retained = Retained(int(header["retain_count"]), mean, moment, keys)
             return cls(
                 MemoryConfig(**header["config"]),
                 Site.from_dict(header["site"]),
@@ -269,24 +364,19 @@ class EditMemory(Intervention):
                 tensors["owner"],
                 header["model"],
                 header["alpha"],
-                tensors.get("retain_moment"),
+                retained,
+                tuple(header["hashes"]),
             )
-        except (KeyError, TypeError, ValueError, RemaskError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RemaskError) as error:
             raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
 
 
-def _renamed(lm: MaskedDiffusionLM, fact: Fact, name: str) -> Encoded:
-    """The fact's question about `name`; a question that names nobody stays as it is and contributes no change."""
-    asked = fact.prompt if fact.subject == fact.prompt else fact.prompt.replace(fact.subject, name)
-    return lm.encode(fact, prompt=asked)
-
-
-def preset(name: str, **changes: Any) -> MemoryConfig:
-    """A preset by name, with changes.
-
-    Raises:
-        RemaskError: unknown preset.
-    """
-    if name not in PRESETS:
-        raise RemaskError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
+def _pooled(one: Retained | None, other: Retained | None) -> Retained | None:
+    """The retain sets of two memories together; one that both share counts once."""
+    if one is None or other is None or one.equals(other):
+        return one or other
+    one, other = sorted((one, other), key=lambda kept: kept.keys.numpy().tobytes())  # a + b is b + a
+    total = one.count + other.count
+    mean = (one.count * one.mean + other.count * other.mean) / total
+    moment = (one.count * one.moment + other.count * other.moment) / total
+    return Retained(total, mean, moment, torch.cat([one.keys, other.keys]))

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from ..backbones.intervention import Intervention, NoEdit
-from ..backbones.model import MaskedDiffusionLM, canonical_json
+from ..backbones.model import MaskedDiffusionLM
 from ..diffusion.masks import MaskBank
 from ..diffusion.sampler import SamplerConfig
 from ..errors import RemaskError
 from ..facts import Fact
 from ..random import digest
+from ..tensorfile import canonical_json
 from .attacks.base import Attack
 from .attacks.registry import attacks_for, targets
 from .benchmarks.base import Benchmark, Probe, Side, Text

@@ -8,22 +8,30 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from ..assets import RECIPES
 from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..editing.calibrate import anchor_level, calibrate
+from ..editing.codebook import Codebook
+from ..editing.config import PRESETS, MemoryConfig, preset
 from ..editing.files import read_edit
-from ..editing.memory import PRESETS, EditMemory, preset
-from ..editing.steering import SteeringVector, mean_delta
+from ..editing.live import Edit, LiveEdit
+from ..editing.live import attach as attach_live
+from ..editing.memory import EditMemory
+from ..editing.steering import SteeringVector, caa, mean_delta, random_layer, repe
 from ..errors import RemaskError
 from ..facts import Fact
 
-NAMED = (*PRESETS, "mean-delta", "none")
-KINDS: dict[str, type[EditMemory] | type[SteeringVector]] = {kind.kind: kind for kind in (EditMemory, SteeringVector)}
+BASELINES = ("mean-delta", "caa", "repe", "random-layer", "codebook")  # built with the settings of `default`
+NAMED = (*PRESETS, *BASELINES, "none")
+KINDS: dict[str, type[EditMemory] | type[SteeringVector] | type[Codebook]] = {
+    kind.kind: kind for kind in (EditMemory, SteeringVector, Codebook)
+}
 
 
-def load_edit(path: str | Path) -> EditMemory | SteeringVector:
+def load_edit(path: str | Path) -> EditMemory | SteeringVector | Codebook:
     """An edit of any kind from its file.
 
     Raises:
@@ -35,10 +43,25 @@ def load_edit(path: str | Path) -> EditMemory | SteeringVector:
     return KINDS[kind].load(path)
 
 
+def attach(model: nn.Module, edit: str | Path | Edit, **options: Any) -> LiveEdit:
+    """Put an edit, or the edit of a file, on any torch module tree; options as in `remask.editing.live.attach`.
+
+    Raises:
+        RemaskError: what `load_edit` or the attaching refuse.
+    """
+    return attach_live(model, load_edit(edit) if isinstance(edit, str | Path) else edit, **options)
+
+
 def tuned(model: str, name: str) -> dict[str, Any]:
     """Settings chosen on a validation split for a bundled model: `layer` and fields of MemoryConfig; {} for other models."""
     table = yaml.safe_load((RECIPES.parent / "edits.yaml").read_text(encoding="utf-8"))
     return dict(table.get(model, {}).get(name, {}))
+
+
+def _of_sibling(model: str, name: str) -> dict[str, Any]:
+    """Layer and anchor of the tuned preset that captures in the same way, for one that was not tuned itself."""
+    found = tuned(model, "default" if preset(name).keys == "answer" else "paper")
+    return {key: value for key, value in found.items() if key in ("layer", "anchor", "unknown")}
 
 
 def build_edit(
@@ -53,13 +76,15 @@ def build_edit(
     seed: int = 0,
     **changes: Any,
 ) -> Intervention:
-    """Build `default`, `paper` or `mean-delta` for `facts`, or load the edit file that `name` points at.
+    """Build a memory preset or a baseline for `facts`, or load the edit file that `name` points at.
 
     Args:
-        site: where; by default the layer chosen on a validation split for a bundled model.
+        name: a preset; `mean-delta`, `caa`, `repe`, `codebook`; `random-layer` (the preset `default` at a layer that is drawn);
+            or a file.
+        site: where; by default the layer chosen on a validation split for a bundled model. `random-layer` avoids its layer.
         alpha: strength; None = calibrated to `level`.
         level: target log-probability of the forget set, nats a row; None = the prompt-masked level.
-        seed: of the partial states.
+        seed: of the partial states, and of the layer that is drawn.
         changes: fields of MemoryConfig to change.
 
     Raises:
@@ -71,20 +96,52 @@ def build_edit(
         if not Path(name).is_file():
             raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file")
         return load_edit(name)
-    settings = tuned(lm.name, name)
-    if site is None:
-        if "layer" not in settings:
-            raise RemaskError(f"no layer is known for {lm.name}; give --layer, or --site with the site.json of a trace")
-        site = Site(settings["layer"])
-    base = "default" if name == "mean-delta" else name
-    changes = {key: value for key, value in settings.items() if key != "layer"} | changes
-    if name == "mean-delta":
-        changes["mu"] = 0.0  # only the captured deltas are used
-    config = preset(base, **changes)
-    config = replace(config, state_seed=config.state_seed + seed)
-    memory = EditMemory.build(lm, facts, site, retain=retain if config.mu > 0 else (), config=config)
-    edit: EditMemory | SteeringVector = mean_delta(memory) if name == "mean-delta" else memory
+    settings = _settings(lm.name, name)
+    site = _site(lm, name, settings, site, facts, seed)
+    config = _config(name, {key: value for key, value in settings.items() if key != "layer"} | changes, seed)
+    edit = _built(lm, name, facts, retain, site, config)
     if alpha is not None:
         return edit.with_alpha(alpha)
     rows = [lm.encode(fact) for fact in facts]
     return calibrate(lm, edit, rows, anchor_level(lm, rows) if level is None else level)
+
+
+def _settings(model: str, name: str) -> dict[str, Any]:
+    """Tuned settings of an edit, or those of the tuned preset that is nearest to it."""
+    if name == "random-layer":
+        return tuned(model, "default")
+    return tuned(model, name) or _of_sibling(model, "default" if name in BASELINES else name)
+
+
+def _site(
+    lm: MaskedDiffusionLM, name: str, settings: dict[str, Any], site: Site | None, facts: Sequence[Fact], seed: int
+) -> Site:
+    """The given site or the tuned layer; for `random-layer` another layer than that."""
+    if site is None and "layer" in settings:
+        site = Site(settings["layer"])
+    if name == "random-layer":
+        drawn = random_layer(lm, facts, avoid=None if site is None else site.layer, seed=seed)
+        return Site(drawn) if site is None else replace(site, layer=drawn)
+    if site is None:
+        raise RemaskError(f"no layer is known for {lm.name}; give --layer, or --site auto to trace the facts")
+    return site
+
+
+def _config(name: str, changes: dict[str, Any], seed: int) -> MemoryConfig:
+    """The preset's settings with changes; a baseline's are those of `default` under its own name."""
+    if name not in PRESETS and name != "random-layer":
+        changes["mu"] = 0.0  # only the captures are used
+    config = preset("default" if name in BASELINES else name, **changes)
+    return replace(config, preset=name, state_seed=config.state_seed + seed)
+
+
+def _built(
+    lm: MaskedDiffusionLM, name: str, facts: Sequence[Fact], retain: Sequence[Fact], site: Site, config: MemoryConfig
+) -> EditMemory | SteeringVector | Codebook:
+    """The edit at strength 1; the mean-delta vector at that of its memory."""
+    if name in ("caa", "repe"):
+        return (caa if name == "caa" else repe)(lm, site, facts, refusal=config.refusal, states=config.bank)
+    if name == "codebook":
+        return Codebook.build(lm, facts, site, retain=retain, config=config)
+    memory = EditMemory.build(lm, facts, site, retain=retain if config.needs_retain else (), config=config)
+    return mean_delta(memory) if name == "mean-delta" else memory

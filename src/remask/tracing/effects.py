@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ..backbones.model import Encoded, canonical_json
+from ..backbones.model import Encoded
 from ..errors import RemaskError
-from ..facts import write_atomically
+from ..tensorfile import read_tensors, write_tensors
 from .protocol import TraceConfig
 
 Mode = Literal["exact", "sweep", "reference"]
@@ -117,8 +114,7 @@ class Trace:
 
     def save(self, path: str | Path) -> None:
         """Write safetensors with JSON metadata, atomically."""
-        tensors = {name: getattr(self, name).contiguous() for name in _TENSORS}
-        write_atomically(path, save(tensors, {"remask": canonical_json(self.header())}))
+        write_tensors(path, self.header(), {name: getattr(self, name) for name in _TENSORS})
 
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None) -> Trace:
@@ -133,21 +129,15 @@ class Trace:
         """
         path = Path(path)
         path = path / "trace.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            raise RemaskError(f"{path}: no such file; `remask trace MODEL --facts FILE -o DIR` writes one")
-        try:
-            with safe_open(path, framework="pt") as stream:
-                header = json.loads((stream.metadata() or {}).get("remask", "{}"))
-                tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-        except (SafetensorError, ValueError, OSError) as error:
-            raise RemaskError(f"{path}: not a readable safetensors file ({error}); trace again") from None
-        wrong = RemaskError(f"{path}: not a trace of format {_FORMAT}; trace again with this version")
-        if not isinstance(header, dict) or (header.get("kind"), header.get("format")) != ("trace", _FORMAT):
+        header, tensors = read_tensors(path, "trace", _FORMAT)
+        wrong = RemaskError(f"{path}: this is no trace of format {_FORMAT}; make it again with this version")
+        if header.get("kind") != "trace":
             raise wrong
         try:
             named: dict[str, Any] = {name: tuple(header[name]) for name in ("ids", "facts", "unknown")}
             named |= {name: header[name] for name in ("mode", "model", "precision")}
-            found = cls(**tensors, **named, config=TraceConfig(**header["config"]))
+            numbers: dict[str, Any] = dict(tensors)
+            found = cls(**numbers, **named, config=TraceConfig(**header["config"]))
         except (KeyError, TypeError):
             raise wrong from None
         if model is not None and found.model != model:

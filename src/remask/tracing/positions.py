@@ -13,12 +13,11 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.progress import track
-from safetensors.torch import save
 from torch import Tensor
 
-from ..backbones.model import Encoded, MaskedDiffusionLM, canonical_json
+from ..backbones.model import Encoded, MaskedDiffusionLM
 from ..errors import RemaskError
-from ..facts import write_atomically
+from ..tensorfile import write_tensors
 from .batch import Batch, Units, batches, clock_reset
 from .protocol import TraceConfig, check_rows
 from .wavefront import Patches
@@ -74,8 +73,7 @@ class PositionTrace:
             "tokens": {row.id: list(texts) for row, texts in zip(self.rows, self.tokens, strict=True)},
             "classes": {row.id: list(position_classes(row)) for row in self.rows},
         }
-        tensors = {row.id: effects.contiguous() for row, effects in zip(self.rows, self.effects, strict=True)}
-        write_atomically(path, save(tensors, {"remask": canonical_json(header)}))
+        write_tensors(path, header, {row.id: effects for row, effects in zip(self.rows, self.effects, strict=True)})
 
     def by_class(self) -> Tensor:
         """Mean effect of every class of positions (`CLASSES`) of every fact, [fact, layer, module, class]; NaN where empty.

@@ -1,0 +1,49 @@
+"""Files of tensors with a JSON header: safetensors, written atomically. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .errors import RemaskError
+from .facts import write_atomically
+
+
+def write_tensors(path: str | Path, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors and their header; equal content gives equal bytes."""
+    data = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, save(data, {"remask": canonical_json(header)}))
+
+
+def read_tensors(path: str | Path, what: str, version: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header and tensors of a file of `write_tensors` whose header has `format` = version.
+
+    Args:
+        what: "edit file", "trace": how errors call it.
+
+    Raises:
+        RemaskError: missing or unreadable file, or one of another format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise RemaskError(f"{path}: no such {what}")
+    try:
+        with safe_open(path, framework="pt") as stream:
+            header = json.loads((stream.metadata() or {}).get("remask", "{}"))
+            tensors = {key: stream.get_tensor(key) for key in list(stream.keys())}
+    except (SafetensorError, ValueError, OSError) as error:
+        raise RemaskError(f"{path}: no readable {what} ({error}); make it again") from None
+    if not isinstance(header, dict) or header.get("format") != version:
+        raise RemaskError(f"{path}: this is no {what} of format {version}; make it again with this version")
+    return header, tensors
+
+
+def canonical_json(data: Any) -> str:
+    """Deterministic JSON, for metadata and fingerprints."""
+    return json.dumps(data, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
