@@ -1,4 +1,4 @@
-"""Write the tables of README, docs/attacks.md, models.md, adapt.md and tracing.md from the committed result files.
+"""Write the tables of README, docs/attacks.md, models.md, adapt.md, editing.md and tracing.md from the committed result files.
 
 python benchmarks/tables.py
 """
@@ -200,6 +200,28 @@ def _band(value: list[float | None], digits: int = 2) -> str:
     return "{:.{d}f} [{:.{d}f}, {:.{d}f}]".format(*numbers, d=digits) if numbers else "-"
 
 
+def editing_table() -> str:
+    """Every kind of edit on `tiny`: changes of log-probability by group, and what generations say."""
+    record = json.loads((RESULTS / "editing.json").read_text())
+    names = ("forget", "paraphrase", "neighbours", "retain", "general")
+    lines = [
+        "| edit | layer | " + " | ".join(names) + " | selectivity | forget exact | forget junk | retain exact |",
+        "|---" * (len(names) + 6) + "|",
+    ]
+    for name, found in record.items():
+        groups = {line["group"]: line["metrics"] for line in found["groups"]}
+        changes = [groups[group][LOGPROB]["change"]["after"] for group in names]
+        cells = [name, str(found["edit"]["seeds"][0]["site"]["layer"])]
+        cells += [f"{c['mean']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]" for c in changes]
+        ratio = found["summary"]["selectivity"].get("after")
+        cells.append("-" if ratio is None else f"{ratio['mean']:.1f} [{ratio['low']:.1f}, {ratio['high']:.1f}]")
+        for group, metric in (("forget", "exact match"), ("forget", "junk rate"), ("retain", "exact match")):
+            before, after = (groups[group][metric]["states"][state]["mean"] for state in ("before", "after"))
+            cells.append(f"{before:.2f} → {after:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def put(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -213,6 +235,7 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "attacks.md", "attacks", attack_table())
     put(ROOT / "docs" / "models.md", "models", model_table())
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
+    put(ROOT / "docs" / "editing.md", "editing", editing_table())
     put(ROOT / "docs" / "tracing.md", "ratios", tracing_ratios())
     for marker, table in tracing_findings().items():
         put(ROOT / "docs" / "tracing.md", marker, table)

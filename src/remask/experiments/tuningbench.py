@@ -217,7 +217,7 @@ class Bench:
         config = setting.config
         read = fold, replace(config, ridge=1.0, q=1.0, beta=1.0, mu=float(config.mu > 0))
         if read not in self._captured:
-            retain = self.parts.fit + self.parts.validation if config.needs_retain else ()
+            retain = self.parts.fit if config.needs_retain else ()
             site = Site(setting.layer)
             self._captured[read] = EditMemory.build(self.lm, self.parts.folds[fold], site, retain=retain, config=config)
         m = self._captured[read]

@@ -1,0 +1,44 @@
+"""Every kind of edit on the closed world's people, calibrated to the same level: what is forgotten, and what it costs.
+
+    python benchmarks/editing.py --out DIR
+
+Runs `remask audit tiny --benchmark closed-world --edit NAME --no-attacks --no-text` for every name below into DIR; the states
+that no edit touches are measured once. Layer and settings of default, paper and mean-delta were chosen on validation people;
+softmax, caa, repe and the codebook borrow default's layer; random-layer draws its own. Writes benchmarks/results/editing.json,
+and docs/editing.md has it as a table (benchmarks/tables.py). A killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from remask.experiments.audits import AuditConfig, run_benchmark
+
+EDITS = ("default", "softmax", "codebook", "random-layer", "mean-delta", "caa", "repe", "paper")
+OUT = Path(__file__).parent / "results" / "editing.json"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the audits")
+    folder = parser.parse_args().out
+    torch.set_num_threads(1)
+    console = Console(stderr=True)
+    found = {}
+    for name in EDITS:
+        console.rule(name)
+        config = AuditConfig("tiny", "closed-world", name, attacks=False, text=False)
+        result = run_benchmark(config, folder / name, parts=folder / "parts", console=console)
+        assert result is not None
+        kept = ("command", "edit", "estimator", "sampler", "precision", "groups", "summary", "versions", "model", "reference")
+        found[name] = {key: result[key] for key in kept}
+    OUT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
