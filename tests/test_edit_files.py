@@ -364,3 +364,32 @@ def test_json_is_all_that_is_printed(remask: Remask, tiny, folder: Path) -> None
         assert json.dumps(result.data, indent=1, ensure_ascii=False) + "\n" == result.out
         with pytest.raises(json.JSONDecodeError):
             json.loads(done(remask("edit", *words)))
+
+
+# ------------------------------------------------------------------ settings
+def test_single_settings_of_a_preset(remask: Remask, folder: Path) -> None:
+    words = ["edit", "build", "tiny", "--facts", folder / FORGET, "--preset", "paper", "--layer", LAYER, "--alpha", 2]
+    out = folder / "m.safetensors"
+    result = remask(*words, "--set", "keys=subject-last", "--set", "ridge=2.5", "--set", "q=0.5", "-o", out)
+    assert result.code == 0, result.err
+    config = EditMemory.load(out).config
+    assert (config.keys, config.ridge, config.q, config.target) == ("subject-last", 2.5, 0.5, "refusal")
+    for bad, said in (("mug=1", "no setting 'mug'"), ("ridge=soft", "another type"), ("q", "is not KEY=VALUE")):
+        assert_refused(remask(*words, "--set", bad, "-o", folder / "n.safetensors"), said)
+    assert not (folder / "n.safetensors").exists()
+
+
+def test_what_tuning_chose_is_built(remask: Remask, folder: Path, tiny: MaskedDiffusionLM) -> None:
+    build = {"preset": "default", "layer": 3, "mu": 7.0, "alpha": 1.25}
+    record = {"fingerprint": tiny.fingerprint(), "chosen": {"build": build}}
+    (folder / "tune.json").write_text(json.dumps(record))
+    out = folder / "m.safetensors"
+    words = ["edit", "build", "tiny", "--facts", folder / FORGET, "--retain", folder / RETAIN, "-o", out]
+    assert remask(*words, "--tuned", folder).code == 0
+    memory = EditMemory.load(out)
+    assert (memory.site, memory.alpha, memory.config) == (Site(3), 1.25, preset("default", mu=7.0))
+    assert_refused(remask(*words, "--tuned", folder, "--layer", 1), "leave out --layer")
+    (folder / "tune.json").write_text(json.dumps({**record, "fingerprint": "0123456789abcdef"}))
+    assert_refused(remask(*words, "--tuned", folder), "0123456789abcdef", tiny.fingerprint())
+    (folder / "tune.json").write_text("{}")
+    assert_refused(remask(*words, "--tuned", folder), "not a tune.json")

@@ -51,16 +51,22 @@ def torchrun(processes: int) -> None:
         raise typer.Exit(2) from None
 
 
-def load_options_of(pairs: list[str] | None) -> dict[str, Any]:
-    """`-L key=value` pairs as arguments of `load`; values are YAML scalars, dtype a torch name."""
+def pairs_of(option: str, pairs: list[str] | None) -> dict[str, Any]:
+    """`key=value` pairs of an option; values are YAML scalars or lists."""
     import yaml
 
     options: dict[str, Any] = {}
     for pair in pairs or []:
         key, found, value = pair.partition("=")
         if not found:
-            raise RemaskError(f"-L {pair!r} is not KEY=VALUE")
+            raise RemaskError(f"{option} {pair!r} is not KEY=VALUE")
         options[key] = yaml.safe_load(value)
+    return options
+
+
+def load_options_of(pairs: list[str] | None) -> dict[str, Any]:
+    """`-L key=value` pairs as arguments of `load`; dtype is a torch name."""
+    options = pairs_of("-L", pairs)
     if "dtype" in options:
         import torch
 

@@ -12,7 +12,20 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..errors import RemaskError
-from .common import Facts, Json, Load, Model, SiteOption, console, load_options_of, only_one, print_json, progress, strength_of
+from .common import (
+    Facts,
+    Json,
+    Load,
+    Model,
+    SiteOption,
+    console,
+    load_options_of,
+    only_one,
+    pairs_of,
+    print_json,
+    progress,
+    strength_of,
+)
 
 File = Annotated[Path, typer.Argument(help="edit file")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file to write; by default the same")]
@@ -31,6 +44,13 @@ def edit_build(
     site: SiteOption = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
     reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="setting of the preset: mu=100, q=0.5, ..."),
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="folder of `edit tune`: preset, layer, settings and strength that it chose")
+    ] = None,
     load_options: Load = None,
 ) -> None:
     """Build an edit memory that forgets facts, and write it to a file."""
@@ -40,11 +60,15 @@ def edit_build(
     from ..editing.memory import EditMemory
     from ..experiments.edits import build_edit
     from ..experiments.tracing import find_site
+    from ..experiments.tuning import build_tuned
     from ..facts import load_facts
 
     if preset not in PRESETS:
         raise RemaskError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
     only_one(layer, site)
+    if tuned is not None and (layer is not None or site is not None or settings):
+        raise RemaskError("--tuned brings layer and settings of its own; leave out --layer, --site and --set")
+    changes = pairs_of("--set", settings)
     lm = load(model, **load_options_of(load_options))
     chosen = load_facts(facts)
     kept = load_facts(retain) if retain else []
@@ -55,7 +79,11 @@ def edit_build(
         if strength is None
         else None
     )
-    edit = build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level)
+    edit = (
+        build_tuned(lm, tuned, chosen, kept, level)
+        if tuned is not None
+        else build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level, **changes)
+    )
     assert isinstance(edit, EditMemory)
     edit.save(output)
     console.print(
@@ -251,7 +279,7 @@ def edit_tune(
         return
     console.print(tune_table(record))
     chosen = record["chosen"]
-    name, alpha = name_of(chosen["build"]), chosen["build"]["alpha"]
+    name, alpha = name_of(chosen["build"]), "calibrated" if chosen["at_level"] else f"{chosen['alpha']:.3g}"
     console.print(f"chosen: [bold]{escape(name)}, alpha {alpha}[/] ({chosen['reason']})")
     progress.print(f"all numbers: {out / 'tune.json'}; picture: {out / 'frontier.png'}")
 

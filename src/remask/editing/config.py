@@ -107,8 +107,14 @@ def preset(name: str, **changes: Any) -> MemoryConfig:
     """A preset by name, with changes.
 
     Raises:
-        RemaskError: unknown preset.
+        RemaskError: unknown preset or setting, or a value of another type.
     """
     if name not in PRESETS:
         raise RemaskError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
-    return replace(PRESETS[name], **changes)
+    unknown = sorted(set(changes) - set(MemoryConfig.__dataclass_fields__))
+    if unknown:
+        raise RemaskError(f"a memory has no setting {unknown[0]!r}; it has {', '.join(MemoryConfig.__dataclass_fields__)}")
+    try:
+        return replace(PRESETS[name], **changes)
+    except TypeError as error:
+        raise RemaskError(f"a setting of preset {name!r} has a value of another type ({error})") from None

@@ -23,10 +23,12 @@ from typing import Any, get_args
 import numpy as np
 from rich.console import Console
 
-from ..backbones import MaskedDiffusionLM, load
-from ..editing.calibrate import Level
+from ..backbones import MaskedDiffusionLM, Site, load
+from ..editing.calibrate import Level, anchor_level, calibrate
+from ..editing.config import preset
+from ..editing.memory import EditMemory
 from ..errors import RemaskError
-from ..facts import load_facts, write_atomically
+from ..facts import Fact, load_facts, write_atomically
 from ..figures import save_figure
 from ..reporting.frontier import frontier_figure
 from .tuningbench import AXES, BANK, CONTROL, LADDER, Bench, Setting, grid, split
@@ -257,3 +259,28 @@ def _chosen(settings: Sequence[Mapping[str, Any]], found: Mapping[str, Any], job
         reason = f"no setting reaches the level within the budget; nearest of the {found['within_budget']} points that are"
     build = {**setting, "alpha": "calibrated" if best["at_level"] else best["alpha"]}
     return {**best, "within_budget": best["retain_loss"] <= job.retain_budget, "reason": reason, "build": build}
+
+
+def build_tuned(
+    lm: MaskedDiffusionLM, folder: Path, facts: Sequence[Fact], retain: Sequence[Fact], level: float | None = None
+) -> EditMemory:
+    """The memory of `facts` under the settings that `run_tune` chose in `folder`; `level` is what alpha is calibrated to.
+
+    Raises:
+        RemaskError: no tune.json there, or one of another model (both are named).
+    """
+    path = folder / "tune.json" if folder.is_dir() else folder
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        model, build = str(record["fingerprint"]), dict(record["chosen"]["build"])
+        name, layer, alpha = build.pop("preset"), int(build.pop("layer")), build.pop("alpha")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RemaskError(f"{path}: not a tune.json of `remask edit tune` ({error})") from None
+    if model != lm.fingerprint():
+        raise RemaskError(f"{path}: tuned on another model: {model}, {lm.name} is {lm.fingerprint()}; tune again")
+    config = preset(name, **build)
+    memory = EditMemory.build(lm, facts, Site(layer), retain=retain if config.needs_retain else (), config=config)
+    if alpha != "calibrated":
+        return memory.with_alpha(float(alpha))
+    rows = [lm.encode(fact) for fact in facts]
+    return calibrate(lm, memory, rows, anchor_level(lm, rows) if level is None else level)
