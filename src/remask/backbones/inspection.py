@@ -40,8 +40,8 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 def job_memory(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype) -> dict[str, int]:
     """Estimated peak bytes of each job.
 
-    A forward of T = 8192 tokens holds a handful of [T, d] and [T, mlp] tensors of one block and the fp32 logits and
-    log-probabilities of half of the positions; an edit adds fp64 keys and their Gram matrix (1000 facts, 16 keys each);
+    A forward of T = 8192 tokens holds a handful of [T, d] and [T, mlp] tensors of one block, and then, those freed, the fp32
+    logits and log-probabilities of half of the positions; a trace stores nothing beside; an edit adds fp64 keys and their Gram matrix (1000 facts, 16 keys each);
     training adds fp32 weights, gradients and Adam's two moments (16 bytes a parameter instead of the dtype's) and keeps every
     block's activations of 2048 tokens; LoRA keeps the weights as they are and trains one percent of them.
     """
@@ -50,13 +50,13 @@ def job_memory(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype) -> d
     mlp = max(int(getattr(config, name, 0) or 0) for name in ("intermediate_size", "n_inner", "moe_intermediate_size"))
     block = TOKENS * (8 * width + 3 * (mlp or 4 * width)) * size
     head = TOKENS // 2 * int(config.vocab_size) * 2 * FP32
-    forward = parameters * size + block + head
+    forward = parameters * size + max(block, TOKENS * width * size + head)
     layers = int(config.num_hidden_layers)
     kept = layers * 2048 * (16 * width + 3 * (mlp or 4 * width)) * size + 2048 * int(config.vocab_size) * 3 * FP32
     keys = 16_000 * width * 8 * 2 + 16_000**2 * 8
     return {
         "generate, score, audit": forward,
-        "trace": forward + layers * TOKENS * width * size,
+        "trace": forward,
         "edit memory, 1000 facts": forward + keys,
         "unlearn with LoRA": parameters * size + parameters // 100 * (FP32 + FP32 + ADAM) + kept,
         "unlearn, all weights": parameters * (FP32 + FP32 + ADAM) + kept,
