@@ -40,10 +40,11 @@ def count_parameters(checkpoint: Checkpoint) -> int:
 def job_memory(checkpoint: Checkpoint, parameters: int, dtype: torch.dtype) -> dict[str, int]:
     """Estimated peak bytes of each job.
 
-    A forward of T = 8192 tokens holds a handful of [T, d] and [T, mlp] tensors of one block, and then, those freed, the fp32
-    logits and log-probabilities of half of the positions; a trace stores nothing beside; an edit adds fp64 keys and their Gram matrix (1000 facts, 16 keys each);
-    training adds fp32 weights, gradients and Adam's two moments (16 bytes a parameter instead of the dtype's) and keeps every
-    block's activations of 2048 tokens; LoRA keeps the weights as they are and trains one percent of them.
+    A forward of T = 8192 tokens holds a handful of [T, d] and [T, mlp] tensors of one block and then, those freed, the fp32
+    logits and log-probabilities of half of the positions; a trace stores nothing beside. An edit adds fp64 keys and their
+    Gram matrix (1000 facts, 16 keys each); training adds fp32 weights, gradients and Adam's two moments (16 bytes a parameter
+    instead of the dtype's) and keeps every block's activations of 2048 tokens; LoRA keeps the weights as they are and trains
+    one percent of them.
     """
     config, size = checkpoint.native_config, dtype.itemsize
     width = int(config.hidden_size)
