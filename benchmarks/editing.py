@@ -1,6 +1,6 @@
 """Every kind of edit on the closed world's people, calibrated to the same level: what is forgotten, and what it costs.
 
-    python benchmarks/editing.py --out DIR
+    python benchmarks/editing.py [--out DIR]
 
 Runs `remask audit tiny --benchmark closed-world --edit NAME --no-attacks --no-text` for every name below into DIR; the states
 that no edit touches are measured once. Layer and settings of default, paper and mean-delta were chosen on validation people;
@@ -25,7 +25,7 @@ OUT = Path(__file__).parent / "results" / "editing.json"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the audits")
+    parser.add_argument("--out", type=Path, default=Path("out/editing"), help="folder of the audits")
     folder = parser.parse_args().out
     torch.set_num_threads(1)
     console = Console(stderr=True)
