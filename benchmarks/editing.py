@@ -17,6 +17,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from remask.evaluation.records import read_records
+from remask.evaluation.statistics import bootstrap_interval
+from remask.evaluation.summary import LOGPROB, Scores
 from remask.experiments.audits import AuditConfig, run_benchmark
 
 EDITS = ("default", "softmax", "codebook", "random-layer", "mean-delta", "caa", "repe", "paper")
@@ -36,8 +39,18 @@ def main() -> None:
         result = run_benchmark(config, folder / name, parts=folder / "parts", console=console)
         assert result is not None
         kept = ("command", "edit", "estimator", "sampler", "precision", "groups", "summary", "versions", "model", "reference")
-        found[name] = {key: result[key] for key in kept}
+        found[name] = {key: result[key] for key in kept} | {"own_wording": own_wording(folder / name)}
     OUT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def own_wording(folder: Path) -> dict[str, float]:
+    """Change of the facts that the paraphrase rows ask about, under the wording that the edit was built on, nats a row."""
+    scores = Scores(read_records(folder / "records.jsonl"))
+    before, after = (scores.rows(state, "forget", LOGPROB) for state in ("before", "after"))
+    asked = [row.removesuffix("/paraphrase") for row in scores.rows("before", "paraphrase", LOGPROB)]
+    changes = [float(after[row].value) - float(before[row].value) for row in asked]
+    estimate = bootstrap_interval(changes)
+    return {"mean": estimate.mean, "low": estimate.low, "high": estimate.high}
 
 
 if __name__ == "__main__":

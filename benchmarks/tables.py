@@ -203,14 +203,15 @@ def _band(value: list[float | None], digits: int = 2) -> str:
 def editing_table() -> str:
     """Every kind of edit on `tiny`: changes of log-probability by group, and what generations say."""
     record = json.loads((RESULTS / "editing.json").read_text())
-    names = ("forget", "paraphrase", "neighbours", "retain", "general")
+    names = ("forget", "own wording", "paraphrase", "neighbours", "retain", "general")
     lines = [
         "| edit | layer | " + " | ".join(names) + " | selectivity | forget exact | forget junk | retain exact |",
         "|---" * (len(names) + 6) + "|",
     ]
     for name, found in record.items():
         groups = {line["group"]: line["metrics"] for line in found["groups"]}
-        changes = [groups[group][LOGPROB]["change"]["after"] for group in names]
+        own = found["own_wording"]
+        changes = [own if group == "own wording" else groups[group][LOGPROB]["change"]["after"] for group in names]
         cells = [name, str(found["edit"]["seeds"][0]["site"]["layer"])]
         cells += [f"{c['mean']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]" for c in changes]
         ratio = found["summary"]["selectivity"].get("after")
