@@ -81,9 +81,11 @@ def target_level(
 
 
 def calibrate(
-    lm: MaskedDiffusionLM, edit: Edit, rows: Sequence[Encoded], level: float, bank: MaskBank = CALIBRATION_BANK
+    lm: MaskedDiffusionLM, edit: Edit, rows: Sequence[Encoded], level: float | None = None, bank: MaskBank = CALIBRATION_BANK
 ) -> Edit:
     """`edit` at the smallest alpha found whose mean log-probability of `rows` is at `level` (within 1 % of the gap).
+
+    Without a level it is the model's own with the prompt masked.
 
     Doubling brackets the crossing, interpolation finds it; all on one bank, so that the curve is a deterministic function.
 
@@ -91,6 +93,7 @@ def calibrate(
         NothingToForgetError: the model is already at or below the level.
         RemaskError: alpha = 256 does not reach it.
     """
+    level = anchor_level(lm, rows, bank) if level is None else level
     start = mean_logprob(lm, rows, bank)
     gap = start - level
     if gap <= 0:

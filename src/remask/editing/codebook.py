@@ -147,9 +147,7 @@ class Codebook(SiteEdit):
         Raises:
             RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
-        header, tensors = read_edit(path)
-        if header["kind"] != cls.kind:
-            raise RemaskError(f"{path}: holds a {header['kind']}, not a codebook")
+        header, tensors = read_edit(path, cls.kind)
         try:
             return cls(
                 MemoryConfig(**header["config"]),

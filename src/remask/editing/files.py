@@ -19,11 +19,11 @@ def write_edit(path: str | Path, kind: str, header: Mapping[str, Any], tensors: 
     write_tensors(path, {"format": FORMAT, "kind": kind, **header}, tensors)
 
 
-def read_edit(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Header (with `kind`) and tensors of an edit file, all of them finite.
+def read_edit(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Header (with `kind`) and tensors of an edit file, all of them finite; `kind` is what it must hold, None = any.
 
     Raises:
-        RemaskError: missing or unreadable file, one of another format, or numbers that are not finite.
+        RemaskError: missing or unreadable file, one of another format or kind, or numbers that are not finite.
     """
     header, tensors = read_tensors(path, "edit file", FORMAT)
     if "kind" not in header:
@@ -31,4 +31,7 @@ def read_edit(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise RemaskError(f"{path}: damaged edit file ({name} holds numbers that are not finite); build it again")
+    if kind is not None and header["kind"] != kind:
+        article = "an" if kind[0] in "aeiou" else "a"
+        raise RemaskError(f"{path}: holds a {header['kind']}, not {article} {kind}")
     return header, tensors

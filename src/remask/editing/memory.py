@@ -27,7 +27,7 @@ from ..backbones.model import MaskedDiffusionLM, Site
 from ..errors import RemaskError
 from ..facts import Fact
 from .build import capture_facts, fact_hash, in_order
-from .calibrate import anchor_level, calibrate
+from .calibrate import calibrate
 from .capture import Captured, capture_keys
 from .config import PRESETS, MemoryConfig
 from .files import read_edit, write_edit
@@ -189,8 +189,7 @@ class EditMemory(SiteEdit):
         memory = cls(config, site, ids, *parts, lm.fingerprint(), strength, retained, hashes)
         if alpha != "calibrated":
             return memory
-        rows = [lm.encode(fact) for fact in facts]
-        return calibrate(lm, memory, rows, anchor_level(lm, rows) if level is None else level)
+        return calibrate(lm, memory, [lm.encode(fact) for fact in facts], level)
 
     # ---------------------------------------------------------------- acting
     def shift(self) -> Shift:
@@ -347,9 +346,7 @@ class EditMemory(SiteEdit):
         Raises:
             RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
-        header, tensors = read_edit(path)
-        if header["kind"] != cls.kind:
-            raise RemaskError(f"{path}: holds a {header['kind']}, not an edit memory")
+        header, tensors = read_edit(path, cls.kind)
         try:
             retained = None
             if header["retain_count"]:

@@ -76,9 +76,7 @@ class SteeringVector(SiteEdit):
         Raises:
             RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
-        header, tensors = read_edit(path)
-        if header["kind"] != cls.kind:
-            raise RemaskError(f"{path}: holds a {header['kind']}, not a steering vector")
+        header, tensors = read_edit(path, cls.kind)
         try:
             site = Site.from_dict(header["site"])
             return cls(tensors["vector"], site, header["alpha"], header["preset"], header["model"])

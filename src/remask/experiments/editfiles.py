@@ -46,12 +46,13 @@ def diff_memories(one: EditMemory, other: EditMemory) -> dict[str, Any]:
         if value != second["config"][key]:
             settings[key] = [value, second["config"][key]]
     shared = sorted(set(one.fact_ids) & set(other.fact_ids))
+    changed = [name for name in shared if not _same_rows(one, other, name)]
     return {
         "settings": settings,
         "removed": sorted(set(one.fact_ids) - set(other.fact_ids)),
         "added": sorted(set(other.fact_ids) - set(one.fact_ids)),
-        "changed": [name for name in shared if not _same_rows(one, other, name)],
-        "same": sum(_same_rows(one, other, name) for name in shared),
+        "changed": changed,
+        "same": len(shared) - len(changed),
     }
 
 
@@ -67,7 +68,7 @@ def _same_rows(one: EditMemory, other: EditMemory, name: str) -> bool:
     return one.hashes[a] == other.hashes[b] and all(torch.equal(x, y) for x, y in zip(*rows, strict=True))
 
 
-def verify_edit(lm: MaskedDiffusionLM, edit: EditMemory | SiteEdit, facts: Sequence[Fact] = ()) -> dict[str, Any]:
+def verify_edit(lm: MaskedDiffusionLM, edit: SiteEdit, facts: Sequence[Fact] = ()) -> dict[str, Any]:
     """Whether an edit acts on its model and goes away without a trace; with facts also whether it holds and moves them.
 
     One that is limited to steps is tried at its first.

@@ -13,7 +13,7 @@ from torch import nn
 from ..assets import RECIPES
 from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
-from ..editing.calibrate import anchor_level, calibrate
+from ..editing.calibrate import calibrate
 from ..editing.codebook import Codebook
 from ..editing.config import PRESETS, MemoryConfig, preset
 from ..editing.files import read_edit
@@ -102,8 +102,7 @@ def build_edit(
     edit = _built(lm, name, facts, retain, site, config)
     if alpha is not None:
         return edit.with_alpha(alpha)
-    rows = [lm.encode(fact) for fact in facts]
-    return calibrate(lm, edit, rows, anchor_level(lm, rows) if level is None else level)
+    return calibrate(lm, edit, [lm.encode(fact) for fact in facts], level)
 
 
 def _settings(model: str, name: str) -> dict[str, Any]:

@@ -116,7 +116,7 @@ def run_trace(
     chosen = load_facts(job.facts)
     asked = wordings(lm, chosen[: job.limit], paraphrases=job.paraphrases)
     others = None if job.neighbours is None else wordings(lm, load_facts(job.neighbours))
-    runner = _Runner(lm, job, workers, out / "parts", console)
+    runner = _Runner(lm, lm.fingerprint(), job, workers, out / "parts", console)
     traces = {view: runner.trace(asked, config, f"view {view}") for view, config in configs.items()}
     near = None if others is None else runner.trace(others, configs[job.views[0]], "neighbours")
     if workers.index:
@@ -140,6 +140,7 @@ class _Runner:
     """Traces row sets batch by batch into files, shared with the other processes."""
 
     lm: MaskedDiffusionLM
+    model: str  # its fingerprint, a pass over all weights
     job: TraceJob
     workers: Workers
     folder: Path
@@ -148,7 +149,7 @@ class _Runner:
     def trace(self, asked: Wordings, config: TraceConfig, purpose: str) -> Trace:
         """Every process traces its share; all of them return the whole."""
         check_rows(asked.rows)
-        job, model = self.job, self.lm.fingerprint()
+        job, model = self.job, self.model
         owners = dict(zip((row.id for row in asked.rows), asked.facts, strict=True))
         parts = [[asked.rows[i] for i in batch] for batch in batches(asked.rows, config)]
         # The fingerprint is of the weights alone: equal for bf16 weights in fp32, or with another mask token.

@@ -24,7 +24,7 @@ import numpy as np
 from rich.console import Console
 
 from ..backbones import MaskedDiffusionLM, Site, load
-from ..editing.calibrate import Level, anchor_level, calibrate
+from ..editing.calibrate import Level, calibrate
 from ..editing.config import preset
 from ..editing.memory import EditMemory
 from ..errors import RemaskError
@@ -282,5 +282,4 @@ def build_tuned(
     memory = EditMemory.build(lm, facts, Site(layer), retain=retain if config.needs_retain else (), config=config)
     if alpha != "calibrated":
         return memory.with_alpha(float(alpha))
-    rows = [lm.encode(fact) for fact in facts]
-    return calibrate(lm, memory, rows, anchor_level(lm, rows) if level is None else level)
+    return calibrate(lm, memory, [lm.encode(fact) for fact in facts], level)
