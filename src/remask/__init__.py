@@ -2,6 +2,7 @@
 
 from .backbones import BackboneSpec, Encoded, Family, MaskedDiffusionLM, Site, load, save_pretrained
 from .backbones.intervention import Handle, Intervention, NoEdit
+from .backbones.weight_edit import WeightEdit
 from .diffusion import (
     Generation,
     Likelihood,
@@ -21,6 +22,8 @@ from .experiments.edits import attach, load_edit
 from .facts import Fact, load_facts, save_facts
 from .figures import save_figure
 from .tracing import Trace, TraceConfig, choose_site, trace, trace_positions
+from .unlearning.training.config import UnlearnConfig
+from .unlearning.unlearn import unlearn
 
 __version__ = "0.1.0"
 
@@ -45,6 +48,8 @@ __all__ = [
     "SteeringVector",
     "Trace",
     "TraceConfig",
+    "UnlearnConfig",
+    "WeightEdit",
     "attach",
     "bernoulli",
     "calibrate",
@@ -64,4 +69,5 @@ __all__ = [
     "save_pretrained",
     "trace",
     "trace_positions",
+    "unlearn",
 ]

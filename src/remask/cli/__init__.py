@@ -14,8 +14,10 @@ from rich.table import Column, Table
 from ..errors import RemaskError
 from .audit import audit_app
 from .common import Data, Facts, Json, Load, Model, console, load_options_of, print_json
+from .diagnose import diagnose
 from .edit import edit_app
 from .trace import trace_app
+from .unlearn import WithMethods, unlearn
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +28,8 @@ app = typer.Typer(
 app.add_typer(edit_app, name="edit")
 app.add_typer(audit_app, name="audit")
 app.add_typer(trace_app, name="trace")
+app.command(cls=WithMethods)(unlearn)
+app.command()(diagnose)
 
 
 @app.command()

@@ -38,7 +38,12 @@ def audit_run(
     benchmark: Annotated[str, typer.Option(help="closed-world, tofu:forget01, rwku:NAME, ...; docs/benchmarks.md lists them")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for records, results and the page")],
     edit: Annotated[
-        str, typer.Option(help="a name of docs/editing.md (default, paper, mean-delta, caa, ...), none, or an edit file")
+        str,
+        typer.Option(
+            "--edit",
+            "--adapter",
+            help="a name of docs/editing.md (default, paper, mean-delta, ...), none, an edit file, or a folder of `unlearn`",
+        ),
     ] = "default",
     data: Data = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",

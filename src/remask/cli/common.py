@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -60,7 +61,11 @@ def pairs_of(option: str, pairs: list[str] | None) -> dict[str, Any]:
         key, found, value = pair.partition("=")
         if not found:
             raise RemaskError(f"{option} {pair!r} is not KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        read = yaml.safe_load(value)
+        if isinstance(read, str):
+            with contextlib.suppress(ValueError):  # YAML takes 1e-15 for a text
+                read = float(read)
+        options[key] = read
     return options
 
 

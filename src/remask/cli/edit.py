@@ -29,6 +29,7 @@ from .common import (
 
 File = Annotated[Path, typer.Argument(help="edit file")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="file to write; by default the same")]
+Repository = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="repository on the hub")]
 
 edit_app = typer.Typer(no_args_is_help=True, help="Build edit memories, change their files and check them.")
 
@@ -39,7 +40,7 @@ def edit_build(
     facts: Facts,
     output: Annotated[Path, typer.Option("-o", "--output", help="memory file to write")],
     retain: Annotated[Path | None, typer.Option("--retain", help="facts to leave alone, JSON Lines")] = None,
-    preset: Annotated[str, typer.Option(help="default, paper, softmax, or gated (one fact)")] = "default",
+    preset: Annotated[str, typer.Option(help="default, ridge, paper, softmax, or gated (one fact)")] = "default",
     layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
     site: SiteOption = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
@@ -165,8 +166,9 @@ def edit_show(file: File, as_json: Json = False) -> None:
     config = found["config"]
     console.print(
         f"preset [bold]{found['preset']}[/] ({config['keys']} keys, target {config['target']}, readout {config['readout']}), "
-        f"layer {edit.site.layer} {edit.site.module}, alpha {edit.alpha:.3g}, model {edit.model}, condition "
-        f"{found['condition']:.1e}, {found['retain_keys']} retain keys"
+        f"layer {edit.site.layer} {edit.site.module}, alpha {edit.alpha:.3g}, model {edit.model}, "
+        f"condition {'-' if found['condition'] is None else format(found['condition'], '.1e')}, "
+        f"{found['retain_keys']} retain keys, compression lost {found['lost'][0]:.1%} of keys, {found['lost'][1]:.1%} of deltas"
     )
     table = Table("fact", "keys", "delta (norm)", "hash", title=f"{found['facts']} facts")
     for fact in found["fact_list"]:
@@ -224,6 +226,36 @@ def edit_verify(
             console.print(f"log-probability of the facts: {level['before']:.2f} -> {level['after']:.2f} nats a row")
     if not found["passed"]:
         raise typer.Exit(1)
+
+
+@edit_app.command("push")
+def edit_push(
+    file: File,
+    repository: Repository,
+    base_model: Annotated[
+        str | None, typer.Option(help="hub id of the model that the edit is of, OWNER/NAME; for the card")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="make a new repository public; by default it is private")] = False,
+    revision: Annotated[str | None, typer.Option(help="branch to push to")] = None,
+) -> None:
+    """Upload an edit file and a card to the hub; ids and hashes of its facts are in the file, their texts are not."""
+    from ..experiments.edithub import push_edit
+
+    address = push_edit(file, repository, base_model=base_model, private=not public, revision=revision)
+    console.print(f"{file} is at {escape(address)}", soft_wrap=True)
+
+
+@edit_app.command("pull")
+def edit_pull(
+    repository: Repository,
+    output: Annotated[Path, typer.Option("-o", "--output", help="edit file to write")],
+    revision: Annotated[str | None, typer.Option(help="branch, tag or commit; by default the newest")] = None,
+) -> None:
+    """Download an edit file from the hub and check it; nothing is written unless it is one."""
+    from ..experiments.edithub import pull_edit
+
+    edit = pull_edit(repository, output, revision=revision)
+    console.print(f"{output}: {edit.kind}, alpha {edit.alpha:.3g}, for model {edit.model or 'any'}")
 
 
 @edit_app.command("tune")

@@ -13,30 +13,33 @@ from torch import nn
 from ..assets import RECIPES
 from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
+from ..backbones.weight_edit import WeightEdit
+from ..editfile import read_edit
 from ..editing.calibrate import calibrate
 from ..editing.codebook import Codebook
 from ..editing.config import PRESETS, MemoryConfig, preset
-from ..editing.files import read_edit
 from ..editing.live import Edit, LiveEdit
 from ..editing.live import attach as attach_live
 from ..editing.memory import EditMemory
 from ..editing.steering import SteeringVector, caa, mean_delta, random_layer, repe
 from ..errors import RemaskError
 from ..facts import Fact
+from ..unlearning.unlearn import EDIT
 
 BASELINES = ("mean-delta", "caa", "repe", "random-layer", "codebook")  # built with the settings of `default`
 NAMED = (*PRESETS, *BASELINES, "none")
-KINDS: dict[str, type[EditMemory] | type[SteeringVector] | type[Codebook]] = {
-    kind.kind: kind for kind in (EditMemory, SteeringVector, Codebook)
+KINDS: dict[str, type[EditMemory] | type[SteeringVector] | type[Codebook] | type[WeightEdit]] = {
+    kind.kind: kind for kind in (EditMemory, SteeringVector, Codebook, WeightEdit)
 }
 
 
-def load_edit(path: str | Path) -> EditMemory | SteeringVector | Codebook:
-    """An edit of any kind from its file.
+def load_edit(path: str | Path) -> EditMemory | SteeringVector | Codebook | WeightEdit:
+    """An edit of any kind from its file, or from the folder of `remask unlearn`.
 
     Raises:
         RemaskError: missing, unreadable or damaged file, or a kind that this version does not know.
     """
+    path = Path(path) / EDIT if Path(path).is_dir() else path
     kind = read_edit(path)[0]["kind"]
     if kind not in KINDS:
         raise RemaskError(f"{path}: unknown kind of edit {kind!r}; known are {', '.join(KINDS)}")
@@ -49,7 +52,10 @@ def attach(model: nn.Module, edit: str | Path | Edit, **options: Any) -> LiveEdi
     Raises:
         RemaskError: what `load_edit` or the attaching refuse.
     """
-    return attach_live(model, load_edit(edit) if isinstance(edit, str | Path) else edit, **options)
+    loaded = load_edit(edit) if isinstance(edit, str | Path) else edit
+    if isinstance(loaded, WeightEdit):
+        raise RemaskError(f"a {loaded.kind} changes weights, not the output of a module; attach it to a MaskedDiffusionLM")
+    return attach_live(model, loaded, **options)
 
 
 def tuned(model: str, name: str) -> dict[str, Any]:
@@ -93,8 +99,8 @@ def build_edit(
     if name == "none":
         return NoEdit()
     if name not in NAMED:
-        if not Path(name).is_file():
-            raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file")
+        if not Path(name).exists():
+            raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file or folder")
         return load_edit(name)
     settings = _settings(lm.name, name)
     site = _site(lm, name, settings, site, facts, seed)
@@ -129,7 +135,7 @@ def _site(
 def _config(name: str, changes: dict[str, Any], seed: int) -> MemoryConfig:
     """The preset's settings with changes; a baseline's are those of `default` under its own name."""
     if name not in PRESETS and name != "random-layer":
-        changes["mu"] = 0.0  # only the captures are used
+        changes |= {"mu": 0.0, "readout": "ridge"}  # only the captures are used
     config = preset("default" if name in BASELINES else name, **changes)
     return replace(config, preset=name, state_seed=config.state_seed + seed)
 

@@ -1,0 +1,190 @@
+"""`remask unlearn`: one method of unlearning on a model, a forget set and a retain set; the result is an edit file.
+
+| file | what it is |
+|---|---|
+| `edit.safetensors` | the change of the weights, for `--edit`, `load_edit` and `remask.attach`-like use |
+| `unlearn.json` | settings, cost, what was done |
+| `metrics.jsonl`, `tensorboard/`, `checkpoint.safetensors` | of methods that train |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+
+from ..backbones import MaskedDiffusionLM, load
+from ..backbones.weight_edit import WeightEdit
+from ..editing.alphaedit import AlphaEditConfig, alphaedit
+from ..editing.build import in_order
+from ..editing.memit import MemitConfig, memit
+from ..editing.rome import RomeConfig, rome
+from ..errors import RemaskError
+from ..facts import Fact, load_facts, write_atomically
+from ..unlearning.objectives import METHODS
+from ..unlearning.training.config import UnlearnConfig
+from ..unlearning.unlearn import EDIT, LOG, unlearn
+
+
+class Editor(NamedTuple):
+    """A locate-then-edit method: a function of model, facts and encoded text to preserve."""
+
+    tell: Callable[..., WeightEdit]
+    config: type[BaseModel]
+    summary: str
+    source: str
+
+
+EDITORS = {
+    "rome": Editor(rome, RomeConfig, "write a refusal, or a new object, into one MLP, fact by fact", "arXiv 2202.05262"),
+    "memit": Editor(memit, MemitConfig, "write them into several MLPs at once", "arXiv 2210.07229"),
+    "alphaedit": Editor(alphaedit, AlphaEditConfig, "MEMIT in the null space of preserved keys", "arXiv 2410.02355"),
+}
+NAMES = (*METHODS, *EDITORS)
+
+
+def describe_methods() -> list[dict[str, Any]]:
+    """Name, summary, source, what it needs, and its options with their defaults, of every method."""
+    found: list[dict[str, Any]] = []
+    for name, method in METHODS.items():
+        found.append(
+            {
+                "name": name,
+                "summary": method.summary,
+                "source": method.source,
+                "retain": method.retain,
+                "needs_retain": method.needs_retain,
+                "needs": sorted(method.needs),
+                "options": _defaults(method.options),
+            }
+        )
+    for name, editor in EDITORS.items():
+        found.append(
+            {
+                "name": name,
+                "summary": editor.summary,
+                "source": editor.source,
+                "retain": "preserved keys",
+                "needs_retain": True,
+                "needs": [],
+                "options": _defaults(editor.config),
+            }
+        )
+    return found
+
+
+def trainer_options() -> dict[str, Any]:
+    """Settings that all methods that train share, with their defaults."""
+    own = ("method", "options")
+    return {name: value for name, value in _defaults(UnlearnConfig).items() if name not in own}
+
+
+def _defaults(config: type[BaseModel]) -> dict[str, Any]:
+    return {name: spec.get_default(call_default_factory=True) for name, spec in config.model_fields.items()}
+
+
+@dataclass(frozen=True)
+class UnlearnJob:
+    """What `remask unlearn` is asked for.
+
+    Attributes:
+        model, reference: names or folders; reference: for mdu's anchor `never-trained`.
+        method: of NAMES.
+        forget, retain, validation: JSON Lines; validation rows are watched and not trained on.
+        settings: options of the method, or of the trainer.
+    """
+
+    model: str
+    method: str
+    forget: Path
+    retain: Path | None = None
+    validation: Path | None = None
+    reference: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.method not in NAMES:
+            raise RemaskError(f"unknown method {self.method!r}; choose one of {', '.join(NAMES)}")
+
+
+def config_of(method: str, settings: Mapping[str, Any]) -> BaseModel:
+    """The method's settings, typed: those of its own options, and of the trainer for methods that train.
+
+    Raises:
+        RemaskError: a setting that neither has, or a value that it refuses.
+    """
+    try:
+        if method in EDITORS:
+            return EDITORS[method].config(**settings)
+        own = METHODS[method].options.model_fields
+        options = {key: value for key, value in settings.items() if key in own}
+        rest = {key: value for key, value in settings.items() if key not in own}
+        return UnlearnConfig(method=method, options=options, **rest)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        raise RemaskError(
+            f"{method}: {name or 'settings'}: {first['msg']}; `remask unlearn --help` lists the settings"
+        ) from None
+
+
+def run_unlearn(
+    job: UnlearnJob,
+    out: Path,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    load_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Run the method, write `out`, and return what `unlearn.json` holds.
+
+    Raises:
+        RemaskError: unknown settings, files or models, or whatever the method refuses.
+    """
+    config = config_of(job.method, job.settings)
+    lm = load(job.model, **(load_options or {}))
+    forget = load_facts(job.forget)
+    retain = [] if job.retain is None else load_facts(job.retain)
+    validation = [] if job.validation is None else load_facts(job.validation)
+    apply(lm, forget, retain, config, out, validation=validation, reference=job.reference, resume=resume, console=console)
+    return dict(json.loads((out / LOG).read_text(encoding="utf-8")))
+
+
+def apply(
+    lm: MaskedDiffusionLM,
+    forget: Sequence[Fact],
+    retain: Sequence[Fact],
+    config: BaseModel,
+    out: Path,
+    *,
+    validation: Sequence[Fact] = (),
+    reference: str | None = None,
+    resume: bool = False,
+    console: Console | None = None,
+) -> WeightEdit:
+    """One method, whatever its kind, on loaded rows; the same files."""
+    if isinstance(config, UnlearnConfig):
+        twin = None if reference is None else load(reference)
+        return unlearn(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
+    name = next(name for name, editor in EDITORS.items() if editor.config is type(config))
+    if validation or reference is not None or resume:
+        raise RemaskError(f"{name} does not train: it reads no validation rows or reference, and there is nothing to resume")
+    facts = in_order(forget, retain)
+    if not retain:
+        raise RemaskError(f"{name} preserves the keys of retain rows and the retain set is empty; give it rows")
+    edit = EDITORS[name].tell(lm, facts, [lm.encode(fact) for fact in retain], config)
+    edit.save(out / EDIT)
+    record = {
+        "method": name,
+        "model": {"name": lm.name, "fingerprint": edit.model},
+        "config": config.model_dump(mode="json"),
+        "rows": {"forget": len(facts), "retain": len(retain)},
+        **edit.details,
+    }
+    write_atomically(out / LOG, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    return edit
