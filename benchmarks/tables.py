@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -223,6 +224,44 @@ def editing_table() -> str:
     return "\n".join(lines)
 
 
+def cost_table() -> str:
+    """What an edit memory costs on `tiny`: at every forward, to install, to change."""
+    record = json.loads((RESULTS / "edit_cost.json").read_text())
+    batches = sorted({line["batch"] for line in record["forward"]})
+    forward = [
+        "| memory | keys | " + " | ".join(f"batch of {batch}" for batch in batches) + " |",
+        "|---" * (len(batches) + 2) + "|",
+    ]
+    for name, lines in itertools.groupby(sorted(record["forward"], key=lambda line: line["edit"]), lambda line: line["edit"]):
+        by_batch = {line["batch"]: line for line in lines}
+        cells = [name, f"{by_batch[batches[0]]['keys']:,}"]
+        for batch in batches:
+            low, high = by_batch[batch]["quartiles"]
+            cells.append(f"{by_batch[batch]['ratio'] - 1:+.1%} [{low - 1:+.1%}, {high - 1:+.1%}]")
+        forward.append("| " + " | ".join(cells) + " |")
+    install = [
+        "| preset | blocks a forward | sequences through a block | seconds | one epoch, seconds | epoch / install |",
+        "|---" * 6 + "|",
+    ]
+    epoch = record["install"]["epoch_seconds"]
+    for line in record["install"]["builds"]:
+        cells = [line["preset"], f"{line['blocks_a_forward']} of {line['of']}", f"{line['sequence_blocks']:,}"]
+        install.append(
+            "| " + " | ".join([*cells, f"{line['seconds']:.3f}", f"{epoch:.3f}", f"{line['epoch_over_install']:.2f}"]) + " |"
+        )
+    change = [
+        "| d | ridge | new solve, ms | insert, ms | remove, ms | times faster | times fewer operations |",
+        "|---" * 7 + "|",
+    ]
+    for line in record["streaming"]:
+        cells = [str(line["width"]), line["ridge"]]
+        cells += [f"{1e3 * line[f'{what}_seconds']:.2f}" for what in ("rebuild", "insert", "remove")]
+        for end in ("", "_operations"):
+            cells.append(" and ".join(f"{line[f'rebuild_over_{what}{end}']:.0f}" for what in ("insert", "remove")))
+        change.append("| " + " | ".join(cells) + " |")
+    return "\n".join([*forward, "", *install, "", *change])
+
+
 def put(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -237,6 +276,7 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "models.md", "models", model_table())
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
     put(ROOT / "docs" / "editing.md", "editing", editing_table())
+    put(ROOT / "docs" / "editing.md", "edit_cost", cost_table())
     put(ROOT / "docs" / "tracing.md", "ratios", tracing_ratios())
     for marker, table in tracing_findings().items():
         put(ROOT / "docs" / "tracing.md", marker, table)

@@ -20,7 +20,7 @@ from remask.backbones import Encoded, MaskedDiffusionLM, Site, load
 from remask.diffusion.likelihood import elbo
 from remask.diffusion.masks import MaskBank
 from remask.diffusion.sampler import SamplerConfig
-from remask.editing import EditMemory, MemoryConfig
+from remask.editing import EditMemory, preset
 from remask.errors import RemaskError
 from remask.evaluation.attacks.base import Attack, Attempt
 from remask.evaluation.attacks.canvas import HiddenBank, Infill, Prefill
@@ -400,7 +400,7 @@ def test_integer_weights_are_refused() -> None:
 
 # ------------------------------------------------------------------ relearning
 def memory_of(lm: MaskedDiffusionLM, site: Site, facts=FACTS, **changes) -> EditMemory:
-    config = MemoryConfig(mu=0.0, **changes)
+    config = preset("ridge", mu=0.0, **changes)
     return EditMemory.build(lm, facts, site, config=config)
 
 

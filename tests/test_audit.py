@@ -19,7 +19,7 @@ from remask.backbones.intervention import NoEdit
 from remask.diffusion.likelihood import elbo
 from remask.diffusion.masks import MaskBank
 from remask.diffusion.sampler import SamplerConfig, generate
-from remask.editing import EditMemory, MemoryConfig, mean_delta
+from remask.editing import EditMemory, mean_delta
 from remask.errors import RemaskError
 from remask.evaluation.audit import Cell, Group, Plan, State, groups_of, run_cells, states_of
 from remask.evaluation.benchmarks.base import Benchmark, Choice, Probe, Text
@@ -55,7 +55,7 @@ def reference() -> MaskedDiffusionLM:
 
 @pytest.fixture(scope="module")
 def memory(lm: MaskedDiffusionLM) -> EditMemory:
-    return EditMemory.build(lm, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0), alpha=2.0)
+    return EditMemory.build(lm, FACTS[:2], Site(1), retain=FACTS[4:], alpha=2.0)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import torch
 from conftest import FACTS, build_toy
 from remask.backbones import MaskedDiffusionLM, Site, load
 from remask.backbones.loading import save_pretrained
-from remask.editing import EditMemory, MemoryConfig
+from remask.editing import EditMemory, preset
 from remask.errors import RemaskError
 from remask.evaluation.records import read_records, write_records
 from remask.experiments.audits import AuditConfig, run_benchmark, write_results
@@ -37,7 +37,8 @@ def place(tmp_path_factory: pytest.TempPathFactory, taught: MaskedDiffusionLM) -
     save_pretrained(taught, root / "model")
     save_pretrained(build_toy(seed=7), root / "twin")
     lm = load(root / "model")
-    EditMemory.build(lm, _facts(FACTS[:2]), Site(1), config=MemoryConfig(mu=0.0), alpha=1.0).save(root / "edit.safetensors")
+    memory = EditMemory.build(lm, _facts(FACTS[:2]), Site(1), config=preset("ridge", mu=0.0), alpha=1.0)
+    memory.save(root / "edit.safetensors")
     (root / "data").mkdir()
     for name, facts in (("forget", FACTS[:2]), ("retain", FACTS[4:6]), ("fit", FACTS[6:8])):
         rows = [{"prompt": f.prompt, "completion": f.answer, "subject": f.subject, "group": f.group} for f in facts]

@@ -23,7 +23,7 @@ from remask.backbones import MaskedDiffusionLM, Site, save_pretrained
 from remask.cli import main
 from remask.diffusion.likelihood import elbo
 from remask.diffusion.masks import MaskBank
-from remask.editing import EditMemory, MemoryConfig
+from remask.editing import EditMemory, preset
 from remask.evaluation.benchmarks.registry import load_benchmark
 from remask.evaluation.generation import answers
 from remask.evaluation.records import read_records
@@ -87,7 +87,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def memory(tiny: MaskedDiffusionLM, files: Path) -> Path:
     """A strong memory of CHOSEN, built by the library."""
-    built = EditMemory.build(tiny, CHOSEN, Site(2), retain=KEPT, config=MemoryConfig(mu=1.0), alpha=6.0)
+    built = EditMemory.build(tiny, CHOSEN, Site(2), retain=KEPT, config=preset("ridge", mu=1.0), alpha=6.0)
     built.save(files / "memory.safetensors")
     return files / "memory.safetensors"
 
@@ -511,7 +511,7 @@ def test_edit_of_another_model_is_refused_with_both_fingerprints(
     remask: Remask, tiny: MaskedDiffusionLM, files: Path, memory: Path, tmp_path: Path
 ) -> None:
     toy = build_toy()
-    EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
+    EditMemory.build(toy, FACTS[:2], Site(1), config=preset("ridge", mu=0.0)).save(tmp_path / "toy.safetensors")
     with safe_open(memory, framework="pt") as stream:
         header = json.loads(stream.metadata()["remask"]) | {"model": "0123456789abcdef"}
     save_file(load_file(memory), tmp_path / "doctored.safetensors", {"remask": json.dumps(header)})
@@ -526,7 +526,7 @@ def test_edit_of_another_model_is_refused_with_both_fingerprints(
 @pytest.mark.usefixtures("small_world")
 def test_audit_of_another_models_memory_is_refused(remask: Remask, tiny: MaskedDiffusionLM, tmp_path: Path) -> None:
     toy = build_toy()
-    EditMemory.build(toy, FACTS[:2], Site(1), config=MemoryConfig(mu=0.0)).save(tmp_path / "toy.safetensors")
+    EditMemory.build(toy, FACTS[:2], Site(1), config=preset("ridge", mu=0.0)).save(tmp_path / "toy.safetensors")
     out = tmp_path / "audit"
     result = remask("audit", "tiny", "--benchmark", "closed-world", "--edit", tmp_path / "toy.safetensors", "--out", out)
     assert (result.code, out.exists()) == (2, False)

@@ -82,7 +82,7 @@ def facts_of(path: Path) -> list[str]:
 
 
 # ------------------------------------------------------------------ build, show
-@pytest.mark.parametrize("name", ["default", "paper", "softmax", "gated"])
+@pytest.mark.parametrize("name", ["default", "ridge", "paper", "softmax", "gated"])
 def test_every_preset_is_built_shown_and_verified(remask: Remask, tiny, folder: Path, name: str) -> None:
     out = folder / "m.safetensors"
     chosen = FACTS[:1] if name == "gated" else FACTS
@@ -98,7 +98,7 @@ def test_every_preset_is_built_shown_and_verified(remask: Remask, tiny, folder: 
     assert found["fact_ids"] == [line["id"] for line in found["fact_list"]] == sorted(fact.id for fact in chosen)
     assert {line["hash"] for line in found["fact_list"]} == {fact_hash(fact) for fact in chosen}
     assert sum(line["keys"] for line in found["fact_list"]) == found["keys"] >= len(chosen)
-    assert (found["retain_keys"] > 0) == (found["retain_set"] != "") == (name in ("default", "softmax"))
+    assert (found["retain_keys"] > 0) == (found["retain_set"] != "") == (name in ("default", "ridge", "softmax"))
     memory = EditMemory.load(out)
     for index, line in enumerate(found["fact_list"]):
         norms = [float(delta.norm()) for delta, owner in zip(memory.deltas, memory.owner, strict=True) if owner == index]
@@ -135,7 +135,7 @@ def test_ids_with_brackets_are_shown_as_they_are(remask: Remask, tiny, folder: P
 
 
 # ------------------------------------------------------------------ add, remove, merge
-@pytest.mark.parametrize("name", ["default", "paper", "softmax"])
+@pytest.mark.parametrize("name", ["default", "ridge", "paper", "softmax"])
 def test_add_remove_and_merge_give_the_bytes_of_a_build(remask: Remask, tiny, folder: Path, name: str) -> None:
     whole = saved(library(tiny, name=name), folder / "whole").read_bytes()
     two = saved(library(tiny, FACTS[:2], name), folder / "two")
@@ -229,7 +229,10 @@ def test_diff_tells_configs_and_retain_sets_apart(tiny) -> None:
     assert settings["preset"] == ["paper", "default"]
     assert settings["mu"] == [0.0, 10.0]
     assert settings["retain_keys"] == [0, show_memory(default)["retain_keys"]]
-    assert not {"model", "site", "alpha", "readout"} & set(settings)
+    assert settings["readout"] == ["ridge", "kernel"]
+    assert not {"model", "site", "alpha", "compress"} & set(settings)
+    linear = diff_memories(paper, library(tiny, FACTS[:1], "ridge"))["settings"]
+    assert linear["mu"] == [0.0, 10.0] and "readout" not in linear
     renamed = [replace(fact, prompt=f"{fact.prompt} Please.") for fact in KEPT]  # as many keys
     other = EditMemory.build(tiny, FACTS[:1], Site(LAYER), retain=renamed, alpha=3.0)
     assert list(diff_memories(default, other)["settings"]) == ["retain_set"]

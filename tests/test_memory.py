@@ -16,18 +16,18 @@ from torch import Tensor
 
 from conftest import build_toy
 from remask.backbones import MaskedDiffusionLM, Site
+from remask.editfile import read_edit, write_edit
 from remask.editing import EditMemory, MemoryConfig, preset
 from remask.editing.build import fact_hash
 from remask.editing.capture import capture_keys
-from remask.editing.files import read_edit, write_edit
-from remask.editing.memory import Retained
+from remask.editing.retained import Retained
 from remask.errors import RemaskError
 from remask.facts import Fact
 from test_anchor_capture import canvas_of, hooked
 
 SITE = Site(1)
 IDS = torch.arange(20, 50).view(2, 15)
-MANY = ("default", "paper", "softmax")  # presets that hold several facts
+MANY = ("default", "ridge", "paper", "softmax")  # presets that hold several facts
 REFUSAL = "I don't know."
 
 
@@ -36,7 +36,7 @@ def build(lm: MaskedDiffusionLM, facts: list[Fact], retain: list[Fact], config: 
 
 
 def any_preset(lm: MaskedDiffusionLM, facts: list[Fact], name: str, **options: Any) -> EditMemory:
-    changes = {"mu": 0.0} if name == "default" else {}
+    changes = {"mu": 0.0} if name == "ridge" else {}
     return build(lm, facts[: 1 if name == "gated" else 3], facts[4:], preset(name, **changes), **options)
 
 
@@ -52,6 +52,12 @@ def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
 def by_hand(keys: Tensor, deltas: Tensor, config: MemoryConfig, retained: Retained | None = None) -> EditMemory:
     names = tuple(f"f{i:03}" for i in range(len(keys)))
     return EditMemory(config, SITE, names, keys, deltas, torch.arange(len(keys)), "model", 1.0, retained)
+
+
+def alike(memory: EditMemory) -> Tensor:
+    """Weights [n] under which every fact counts as much as a fact of mean size does."""
+    sizes = [int((memory.owner == i).sum()) for i in range(len(memory.fact_ids))]
+    return torch.tensor([sum(sizes) / len(sizes) / sizes[i] for i in memory.owner], dtype=torch.float64)
 
 
 def draw(seed: int, *shape: int) -> Tensor:
@@ -111,7 +117,7 @@ def test_other_object_may_be_one_of_the_facts_own_wrong_answers(toy, facts) -> N
 
 
 def test_answer_keys_with_the_mean_target(toy, facts) -> None:
-    config = MemoryConfig(target="mean", mu=0.0, states=3)
+    config = MemoryConfig(target="mean", states=3, compress=0)
 
     def states(fact: Fact) -> Tensor:
         row = toy.encode(fact)
@@ -139,7 +145,9 @@ def test_answer_keys_with_the_mean_target(toy, facts) -> None:
         ({"readout": "gated", "keys": "subject-all", "target": "mask", "mu": 0.0}, "one key"),
         ({"readout": "gated", "keys": "subject-mean", "target": "mask", "mu": 0.0, "centre": True}, "centre=False"),
         ({"readout": "softmax"}, "mu=0"),
-        ({"readout": "softmax", "mu": 0.0, "q": 0.5}, "q=1"),
+        *(({"readout": name, "mu": 0.0, "q": 0.5}, "q=1") for name in ("kernel", "softmax")),
+        *(({"balance": value}, "balance") for value in (float("nan"), -0.1, 1.1)),
+        *(({name: value}, name) for name, value in (("landmarks", 1), ("retain_keys", 0), ("compress", -1))),
         *(({name: value}, name) for name in ("ridge", "beta", "cap", "mu") for value in (float("nan"), float("inf"), -1.0)),
     ],
 )
@@ -191,13 +199,14 @@ def test_gated_edit_holds_one_fact(toy, facts) -> None:
 # ------------------------------------------------------------------ the softmax readout
 @pytest.mark.parametrize("centre", [False, True])
 def test_softmax_readout_equals_a_loop(toy, facts, centre: bool) -> None:
-    """Forget keys bring their deltas, retain keys bring nothing but take their share of the weight."""
+    """Forget keys bring their deltas, retain keys bring nothing but take their share of the weight; facts count alike."""
     beta, alpha = 6.0, 1.7
     config = preset("softmax", beta=beta, centre=centre)
     memory = build(toy, facts[:3], facts[4:], config, alpha=alpha)
     forget = memory.keys.double()
     retain = capture_keys(toy, SITE, [toy.encode(fact) for fact in facts[4:]], config.bank).double()
     middle = retain.mean(0) if centre else torch.cat([forget, retain]).mean(0)
+    shares = torch.cat([alike(memory), torch.ones(len(retain), dtype=torch.float64)])
 
     def weight(key: Tensor, token: Tensor) -> Tensor:
         one, other = key - middle, token - middle
@@ -207,8 +216,9 @@ def test_softmax_readout_equals_a_loop(toy, facts, centre: bool) -> None:
     with memory.attached(toy):
         shift = (toy.run_to(1, IDS) - hidden).flatten(0, 1)
     for token, found in zip(hidden.double().flatten(0, 1), shift, strict=True):
-        brought = sum(weight(key, token) * delta.double() for key, delta in zip(forget, memory.deltas, strict=True))
-        total = sum(weight(key, token) for key in (*forget, *retain))
+        drawn = [share * weight(key, token) for share, key in zip(shares, (*forget, *retain), strict=True)]
+        brought = sum(w * delta.double() for w, delta in zip(drawn, memory.deltas, strict=False))
+        total = sum(drawn)
         assert close(found, alpha * brought / total, 1e-4)
 
 
@@ -220,8 +230,9 @@ def test_softmax_readout_spares_retain_keys_and_what_is_far(toy, facts) -> None:
     on_retain = float(shift(memory.retained.keys).norm(dim=1).mean())
     assert on_forget > 0.9 * float(memory.deltas.norm(dim=1).mean())
     assert on_retain < 0.05 * on_forget
+    config = preset("softmax", beta=40.0)
     axes = 3 * torch.eye(6)  # two forget keys, four retain keys, all at right angles
-    small = by_hand(axes[:2], draw(0, 2, 6), preset("softmax", beta=40.0), Retained.of(axes[2:], keep=True))
+    small = by_hand(axes[:2], draw(0, 2, 6), config, Retained.of(axes[2:], config))
     assert close(small.shift()(axes[:2]), small.deltas, 1e-6)
     far = small.shift()(torch.stack([axes[4] + axes[5] - axes[0] - axes[1], axes[3]]))
     assert far.abs().max() < 1e-6
@@ -238,15 +249,17 @@ def test_softmax_readout_needs_retain_facts(toy, facts) -> None:
 @pytest.mark.parametrize("q", [1.0, 0.3])
 @pytest.mark.parametrize("mu", [0.0, 4.0])
 def test_centred_ridge_solves_with_centred_keys(toy, facts, mu: float, q: float) -> None:
-    config = MemoryConfig(centre=True, mu=mu, q=q, ridge=0.01)
+    config = preset("ridge", centre=True, mu=mu, q=q, ridge=0.01)
     memory = build(toy, facts[:3], facts[4:], config, alpha=0.8)
     keys, deltas = memory.keys.double(), memory.deltas.double()
     retain = capture_keys(toy, SITE, [toy.encode(fact) for fact in facts[4:]], config.bank).double()
     middle = retain.mean(0) if mu else keys.mean(0)
     centred, kept = keys - middle, retain - middle
-    system = centred.T @ centred + mu * len(keys) / len(retain) * kept.T @ kept
+    weights = alike(memory).unsqueeze(1)
+    assert len(weights.unique()) > 1
+    system = centred.T @ (weights * centred) + mu * len(keys) / len(retain) * kept.T @ kept
     system += 0.01 * centred.square().sum(1).mean() * torch.eye(32, dtype=torch.float64)
-    readout = torch.linalg.solve(system, centred.T).T
+    readout = weights * torch.linalg.solve(system, centred.T).T
     hidden = toy.run_to(1, IDS).double()
     coefficients = (hidden - middle) @ readout.T
     least = coefficients.abs().sort(dim=-1, descending=True).values[..., int(np.ceil(q * len(keys))) - 1, None]
@@ -275,7 +288,9 @@ def test_bytes_do_not_depend_on_how_a_memory_came_about(toy, facts, tmp_path: Pa
         assert data_of(same, tmp_path) == never
 
 
-@pytest.mark.parametrize(("name", "target"), [*((name, None) for name in MANY), ("paper", "other"), ("default", "mean")])
+@pytest.mark.parametrize(
+    ("name", "target"), [*((name, None) for name in MANY), ("paper", "other"), ("default", "mean"), ("ridge", "mean")]
+)
 def test_nothing_of_a_removed_fact_is_in_the_file(toy, facts, tmp_path: Path, name: str, target: str | None) -> None:
     config = preset(name, **({"target": target} if target else {}))
     gone = facts[1]
@@ -302,9 +317,9 @@ def test_merging_is_building_together(toy, facts, tmp_path: Path, name: str) -> 
     assert data_of(merged, tmp_path) == data_of(other + one, tmp_path) == data_of(one.merge(other), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["default", "softmax"])
+@pytest.mark.parametrize("name", ["default", "ridge", "softmax"])
 def test_different_retain_sets_are_pooled(toy, facts, tmp_path: Path, name: str) -> None:
-    config = preset(name)
+    config = preset(name, ridge=1e-2)  # fp32 moments times the condition
     one, other = build(toy, facts[:1], facts[4:5], config), build(toy, facts[1:4], facts[5:], config)
     both, merged = build(toy, facts[:4], facts[4:], config), one + other
     assert merged.retained is not None
@@ -382,7 +397,13 @@ def test_fingerprints_tell_settings_apart(toy, facts) -> None:
         *(build(toy, fact, retain, preset("softmax", beta=beta)) for beta in (10.0, 20.0)),
         *(build(toy, fact, retain, preset("paper", keys=keys)) for keys in ("subject-mean", "subject-last")),
         *(build(toy, fact, retain, preset("default", mu=mu)) for mu in (1.0, 10.0)),
-        build(toy, fact, retain, preset("default", mu=0.0, centre=True)),
+        build(toy, fact, retain, preset("default", beta=3.0)),
+        build(toy, facts[:2], retain, preset("default")),
+        build(toy, facts[:2], retain, preset("default", balance=0.0)),
+        build(toy, facts[:2], retain, preset("default", compress=2)),
+        build(toy, fact, retain, preset("default", landmarks=6)),
+        *(build(toy, fact, retain, preset("ridge", mu=mu)) for mu in (1.0, 10.0)),
+        build(toy, fact, retain, preset("ridge", mu=0.0, centre=True)),
     ]
     memories += [memory.with_alpha(0.5) for memory in memories]
     marks = [memory.fingerprint() for memory in memories]
@@ -402,7 +423,10 @@ def test_collections_that_contradict_themselves_are_refused(toy, facts) -> None:
     with pytest.raises(RemaskError, match=r"'ada/city'.*'other' needs.*'perturbed'"):
         EditMemory.build(toy, [ada], SITE, config=preset("paper", target="other"))
     elsewhere = dataclasses.replace(ada, answer="Rome", id="ada/elsewhere")
-    for forget, kept in (([ada], ada), ([elsewhere, ada], ada), ([ada, elsewhere], elsewhere)):
+    for both in ([elsewhere, ada], [ada, elsewhere]):
+        with pytest.raises(RemaskError, match=r"'ada/(city|elsewhere)' and 'ada/.*same question with two answers"):
+            EditMemory.build(toy, both, SITE, config=preset("paper"))
+    for forget, kept in (([ada], ada), ([facts[1], ada], ada), ([ada, facts[1]], facts[1])):
         spared = dataclasses.replace(kept, id="kept")
         with pytest.raises(RemaskError, match=f"'{kept.id}' is also retained \\(as 'kept'\\)"):
             EditMemory.build(toy, forget, SITE, retain=[facts[4], spared])
@@ -445,7 +469,12 @@ def damage_number(tensors: dict[str, Tensor], name: str, value: float) -> None:
 
 
 DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
-    **{f"no {name}": without(name) for name in ("keys", "deltas", "owner", "retain_mean", "retain_keys")},
+    **{f"no {name}": without(name) for name in ("keys", "deltas", "owner", "counts", "lost", "retain_mean", "retain_keys")},
+    "count of nothing": lambda _, t: damage_number(t, "counts", 0.0),
+    "nan count": lambda _, t: damage_number(t, "counts", float("nan")),
+    "negative loss": lambda _, t: damage_number(t, "lost", -1.0),
+    "counts of another length": lambda _, t: t.update(counts=t["counts"][:-1]),
+    "losses of keys alone": lambda _, t: t.update(lost=t["lost"][:, :1]),
     "nan key": lambda _, t: damage_number(t, "keys", float("nan")),
     "infinite delta": lambda _, t: damage_number(t, "deltas", float("inf")),
     "nan retain moment": lambda _, t: damage_number(t, "retain_moment", float("nan")),
@@ -459,6 +488,8 @@ DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
     "flat keys": lambda _, t: t.update(keys=t["keys"].flatten()),
     "retain mean of another width": lambda _, t: t.update(retain_mean=t["retain_mean"][:1]),
     "fewer retain keys than counted": lambda _, t: t.update(retain_keys=t["retain_keys"][:-1]),
+    "more retain keys than counted": lambda _, t: t.update(retain_keys=t["retain_keys"].repeat(2, 1)),
+    "no retain keys": lambda _, t: t.update(retain_keys=t["retain_keys"][:0]),
     "no retain set": lambda h, _: h.update(retain_count=0),
     "an id twice": lambda h, _: h.update(fact_ids=[*h["fact_ids"][:2], h["fact_ids"][0]]),
     "fewer hashes": lambda h, _: h.update(hashes=h["hashes"][:2]),
@@ -471,10 +502,11 @@ DAMAGE: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], object]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["default", "softmax"])
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damaged_file_is_refused_by_name(toy, facts, tmp_path: Path, what: str) -> None:
+def test_damaged_file_is_refused_by_name(toy, facts, tmp_path: Path, what: str, name: str) -> None:
     path = tmp_path / "m.safetensors"
-    build(toy, facts[:3], facts[4:], preset("softmax")).save(path)
+    build(toy, facts[:3], facts[4:], preset(name)).save(path)
     header, tensors = read_edit(path)
     write_edit(path, header["kind"], header, tensors)
     assert EditMemory.load(path).fact_ids == tuple(sorted(fact.id for fact in facts[:3]))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from remask.backbones import Site
-from remask.editing import EditMemory, MemoryConfig
+from remask.editing import EditMemory, preset
 from remask.editing.solve import ridge_scale, second_moment, solve_readout
 from remask.errors import RemaskError
 
@@ -26,7 +26,7 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 
 def memory(keys: torch.Tensor, deltas: torch.Tensor, **config: object) -> EditMemory:
-    settings = MemoryConfig(mu=0.0, **config)
+    settings = preset("ridge", mu=0.0, **config)
     names = tuple(f"f{i:03}" for i in range(len(keys)))
     return EditMemory(settings, Site(0), names, keys, deltas, torch.arange(len(keys)), "model")
 
@@ -55,6 +55,30 @@ def test_retain_aware_solve_is_the_least_squares_solution(n, d, m, mu, ridge, se
     np.testing.assert_allclose(found, expected, atol=2e-6 * max(1.0, np.abs(expected).max()))
     gram = stacked.T @ stacked
     assert solution.condition == pytest.approx(np.linalg.cond(gram), rel=1e-6)
+
+
+@given(n=sizes, d=sizes, m=sizes, mu=st.sampled_from([0.0, 0.3, 20.0]), ridge=ridges, seed=seeds)
+def test_weighted_solve_is_the_least_squares_solution(n, d, m, mu, ridge, seed) -> None:
+    """min sum_i w_i |k_i W - d_i|^2 + mu (n/m) |R W|^2 + lambda |W|^2 as one stacked system, in both forms."""
+    keys, deltas, retain = draw(seed, n, d), draw(seed + 1, n, 5), draw(seed + 2, m, d)
+    weights = draw(seed + 3, n).exp()
+    found = solve_readout(keys, ridge, relative=False, retain_moment=second_moment(retain), mu=mu, weights=weights).readout
+    root = weights.double().sqrt().unsqueeze(1)
+    stacked = np.vstack([root * keys.double(), math.sqrt(mu * n / m) * retain.double(), math.sqrt(ridge) * np.eye(d)])
+    right = np.vstack([root * deltas.double(), np.zeros((m, 5)), np.zeros((d, 5))])
+    expected = np.linalg.lstsq(stacked, right, rcond=None)[0]
+    shift = (found.double().T @ deltas.double()).numpy()
+    np.testing.assert_allclose(shift, expected, atol=5e-6 * max(1.0, np.abs(expected).max()))
+
+
+@given(n=st.integers(1, 6), d=sizes, ridge=ridges, seed=seeds)
+def test_a_key_of_weight_three_is_three_keys(n: int, d: int, ridge: float, seed: int) -> None:
+    keys, deltas = draw(seed, n, d), draw(seed + 1, n, d)
+    times = torch.arange(n) % 3 + 1
+    once = solve_readout(keys, ridge, relative=False, weights=times.float()).readout
+    often = solve_readout(keys.repeat_interleave(times, 0), ridge, relative=False).readout
+    one, other = once.T @ deltas, often.T @ deltas.repeat_interleave(times, 0)
+    assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
 
 
 @given(n=sizes, d=sizes, scale=st.floats(0.01, 100), seed=seeds)

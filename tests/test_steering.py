@@ -16,7 +16,7 @@ from remask.diffusion.masks import MaskBank
 from remask.editing import EditMemory, SteeringVector, anchor_level, calibrate
 from remask.editing.calibrate import mean_logprob
 from remask.editing.codebook import Codebook, deferral_radii
-from remask.editing.config import MemoryConfig
+from remask.editing.config import MemoryConfig, preset
 from remask.editing.live import attach
 from remask.editing.shift import CodebookShift
 from remask.editing.site import SiteEdit
@@ -79,7 +79,7 @@ def test_caa_is_the_mean_over_facts_and_states_one_canvas_at_a_time(toy, facts) 
 def test_caa_is_not_the_mean_delta(toy, facts) -> None:
     """It contrasts answers under one question; the mean delta contrasts questions under one answer."""
     vector = caa(toy, SITE, facts[:3], refusal=REFUSAL, states=STATES).vector
-    deltas = EditMemory.build(toy, facts[:3], SITE, config=MemoryConfig(mu=0.0)).deltas.mean(dim=0)
+    deltas = EditMemory.build(toy, facts[:3], SITE, config=preset("ridge", mu=0.0)).deltas.mean(dim=0)
     assert torch.nn.functional.cosine_similarity(vector, deltas, dim=0) < 0.9
 
 
@@ -235,7 +235,7 @@ def test_free_rows_do_not_act_and_do_not_hide_a_key() -> None:
 
 def test_a_codebook_moves_its_own_answers_and_nothing_else(toy, facts) -> None:
     book = make_codebook(toy, facts, alpha=0.7)
-    memory = EditMemory.build(toy, facts[:3], SITE, config=MemoryConfig(mu=0.0))
+    memory = EditMemory.build(toy, facts[:3], SITE, config=preset("ridge", mu=0.0))
     assert torch.equal(book.keys, memory.keys)
     assert torch.equal(book.shift()(book.keys)[book.radii > 0], (memory.deltas * 0.7)[book.radii > 0])
     canvases = [captured_canvas(toy, fact) for fact in (facts[0], facts[5])]
@@ -266,7 +266,7 @@ def test_the_codebook_shifts_the_residual_by_its_nearest_delta(toy, facts) -> No
 
 @pytest.mark.parametrize("keys", ["subject-mean", "subject-last"])
 def test_subject_keys_are_held_against_retained_subjects(toy, facts, keys) -> None:
-    config = MemoryConfig(preset="codebook", keys=keys, target="refusal", mu=0.0)
+    config = MemoryConfig(preset="codebook", readout="ridge", keys=keys, target="refusal", mu=0.0)
     book = Codebook.build(toy, facts[:1], SITE, retain=facts[4:], config=config)
 
     def key_of(fact: Fact) -> np.ndarray:
@@ -401,9 +401,8 @@ def test_edits_are_built_by_name(toy, facts) -> None:
     states = MemoryConfig(state_seed=MemoryConfig().state_seed + 2).bank
     assert torch.equal(built["caa"].vector, caa(toy, SITE, facts[:3], states=states).vector)
     assert torch.equal(built["repe"].vector, repe(toy, SITE, facts[:3], states=states).vector)
-    by_hand = Codebook.build(
-        toy, facts[:3], SITE, retain=facts[4:], config=MemoryConfig(preset="codebook", mu=0.0, state_seed=states.seed)
-    )
+    config = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, state_seed=states.seed)
+    by_hand = Codebook.build(toy, facts[:3], SITE, retain=facts[4:], config=config)
     assert built["codebook"].fingerprint() == by_hand.with_alpha(0.5).fingerprint()
     drawn = built["random-layer"]
     assert isinstance(drawn, EditMemory)

@@ -24,7 +24,7 @@ from remask.editing.calibrate import anchor_level, calibrate, mean_logprob
 from remask.editing.steering import mean_delta
 from remask.errors import NothingToForgetError, RemaskError
 from remask.experiments.tuning import TuneJob, averaged, choose, first_pass, merit, pareto, run_tune, second_pass
-from remask.experiments.tuningbench import BANK, LADDER, Bench, Resumed, Setting, deal, grid, split
+from remask.experiments.tuningbench import BANK, LADDER, Bench, Resumed, Setting, closed, deal, grid, logprobs, split
 from remask.facts import Fact, save_facts
 from remask.reporting.frontier import frontier_figure
 from test_cli import Remask, assert_refused, remask, snapshot
@@ -58,10 +58,10 @@ def deep(layers: int = 6) -> MaskedDiffusionLM:
 
 
 def bench_of(lm: MaskedDiffusionLM, gap: float) -> Bench:
-    """One fold, whose facts are to lose `gap` nats a row."""
+    """One fold, whose facts are to lose `gap` nats a row in the mean: the first twice as much, the last nothing."""
     bench = Bench(lm, split(FORGET, RETAIN, folds=1), None, "prompt-masked")
-    before = mean_logprob(lm, [lm.encode(fact) for fact in bench.parts.folds[0]], BANK)
-    bench.level_of = lambda fold: (before - gap, before)  # type: ignore[method-assign]
+    before = logprobs(lm, [lm.encode(fact) for fact in bench.parts.folds[0]])
+    bench.level_of = lambda fold: (before - gap * np.linspace(2, 0, len(before)), before)  # type: ignore[method-assign]
     return bench
 
 
@@ -97,12 +97,22 @@ def test_nothing_that_is_scored_as_retained_is_read_by_a_memory(
 
     monkeypatch.setattr(EditMemory, "build", classmethod(spy))
     bench = Bench(toy, parts, None, "prompt-masked")
-    for setting, fold in itertools.product(grid(3, ("default", "softmax", "mean-delta"), (1,)), (0, 1)):
+    for setting, fold in itertools.product(grid(3, ("default", "ridge", "softmax", "mean-delta"), (1,)), (0, 1)):
         bench.edit(setting, fold)
     scored = {fact.id for fact in parts.validation}
     assert scored and scored.isdisjoint(set.union(*read))
     assert set.union(*read) == {fact.id for fact in (*FORGET, *parts.fit)}
-    assert len(read) == 6  # one capture a preset and fold, not one a setting
+    assert len(read) == 8  # one capture a preset and fold, not one a setting
+
+
+def test_settings_that_share_a_capture_are_solved_as_if_built_alone(toy: MaskedDiffusionLM) -> None:
+    bench = Bench(toy, split(FORGET, RETAIN), None, "prompt-masked")
+    values = {"mu": (1.0, 30.0), "beta": (1.0, 5.0), "ridge": (0.01,), "balance": (0.0, 1.0), "q": (0.5, 1.0)}
+    settings = grid(3, ("default", "ridge"), (1,), values)
+    assert len(settings) == 8 + 8
+    for setting in settings:
+        alone = EditMemory.build(toy, bench.parts.folds[0], Site(1), retain=bench.parts.fit, config=setting.config)
+        assert bench.edit(setting, 0).fingerprint() == alone.fingerprint()
 
 
 def test_splits_that_cannot_be_are_refused() -> None:
@@ -116,18 +126,22 @@ def test_splits_that_cannot_be_are_refused() -> None:
 
 # ------------------------------------------------------------------ which settings, in which order
 def test_the_grid_is_layers_by_values_and_marks_the_middle() -> None:
-    settings = grid(4, ("default",), (3, 1))
+    settings = grid(4, ("ridge",), (3, 1))
     assert [(s.layer, s.changes["mu"], s.middle) for s in settings] == [
         (layer, mu, mu == 10.0) for layer in (1, 3) for mu in (1.0, 10.0, 100.0)
     ]
-    assert len(grid(4, ("default", "softmax", "paper", "mean-delta"))) == 4 * (3 + 3 + 3 + 1)
+    smooth = grid(4, ("default",), (2,))
+    assert [(s.changes["mu"], s.changes["beta"], s.middle) for s in smooth] == [
+        (mu, beta, (mu, beta) == (30.0, 4.0)) for mu in (10.0, 30.0, 100.0) for beta in (2.0, 4.0, 8.0)
+    ]
+    assert len(grid(4, ("default", "ridge", "softmax", "paper", "mean-delta"))) == 4 * (9 + 3 + 3 + 3 + 1)
     names = ("Nobody", "No One")
     anchored = grid(1, ("softmax",), values={"anchor": ("prompt", "unknown"), "beta": (5.0,)}, unknown=names)
     assert [s.config for s in anchored] == [
         preset("softmax", anchor="prompt", beta=5.0),
         preset("softmax", anchor="unknown", unknown=names, beta=5.0),
     ]
-    assert [s.config.mu for s in grid(1, ("mean-delta",))] == [0.0]
+    assert [s.config for s in grid(1, ("mean-delta",))] == [preset("ridge", mu=0.0)]
     with pytest.raises(RemaskError, match=r"layer 4 is outside the model, which has layers 0\.\.3"):
         grid(4, ("default",), (0, 4))
     with pytest.raises(RemaskError, match="anchor 'unknown' needs names"):
@@ -135,7 +149,7 @@ def test_the_grid_is_layers_by_values_and_marks_the_middle() -> None:
 
 
 def test_a_budget_buys_layers_first_and_then_values_of_the_best_ones() -> None:
-    settings = grid(6, ("default",))
+    settings = grid(6, ("ridge",))
     first = first_pass(settings, 9)
     assert [(s.layer, s.changes["mu"]) for s in first] == [(layer, 10.0) for layer in range(6)]
     ranked = [first[i] for i in (4, 1, 0, 2, 3, 5)]
@@ -155,7 +169,8 @@ def test_a_budget_below_the_layers_spreads_over_them() -> None:
     ("changes", "words"),
     [
         ({"presets": ("gated",)}, "preset 'gated' cannot be tuned"),
-        ({"values": {"beta": (1.0,)}}, "no preset among default has a 'beta'"),
+        ({"values": {"q": (1.0,)}}, "no preset among default has a 'q'"),
+        ({"values": {"beta": (1.0,)}, "presets": ("ridge", "paper")}, "no preset among ridge, paper has a 'beta'"),
         ({"budget": 0}, "budget"),
         ({"folds": 0}, "folds"),
         ({"retain_budget": -1.0}, "retain budget"),
@@ -169,45 +184,61 @@ def test_jobs_that_cannot_be_are_refused(changes: dict[str, Any], words: str) ->
 
 
 # ------------------------------------------------------------------ numbers
-def slowly(lm: MaskedDiffusionLM, setting: Setting, facts: Any, fit: Any, kept: Any, level: float) -> list[tuple[float, ...]]:
-    """Every strength with the edit attached to the whole model: alpha, facts, mean and standard error of the retain change."""
+def slowly(
+    lm: MaskedDiffusionLM, setting: Setting, facts: Any, fit: Any, kept: Any, levels: np.ndarray
+) -> list[tuple[float, ...]]:
+    """Every strength with the edit attached to the whole model: alpha, facts, share of their gaps that is closed, mean and
+    standard error of the retain change."""
     memory = EditMemory.build(
         lm, facts, Site(setting.layer), retain=fit if setting.config.needs_retain else (), config=setting.config
     )
     edit = mean_delta(memory) if setting.preset == "mean-delta" else memory
     rows, others = [lm.encode(fact) for fact in facts], [lm.encode(fact) for fact in kept]
-    edit = calibrate(lm, edit, rows, level, BANK)
+    edit = calibrate(lm, edit, rows, sum(levels) / len(levels), BANK)
     before, found = [score.logprob for score in elbo(lm, others, BANK)], []
+    known = [score.logprob for score in elbo(lm, rows, BANK)]
     for factor in LADDER:
         with edit.with_alpha(edit.alpha * factor).attached(lm):
             after = [score.logprob for score in elbo(lm, others, BANK)]
             changes = [a - b for a, b in zip(after, before, strict=True)]
             mean = sum(changes) / len(changes)
             spread = math.sqrt(sum((c - mean) ** 2 for c in changes) / (len(changes) - 1) / len(changes))
-            found.append((edit.alpha * factor, mean_logprob(lm, rows, BANK), mean, spread))
+            told = [score.logprob for score in elbo(lm, rows, BANK)]
+            gaps = [(a - c) / (a - b) for a, b, c in zip(known, levels, told, strict=True) if a > b]
+            share = sum(min(max(gap, 0.0), 1.0) for gap in gaps) / len(gaps)
+            found.append((edit.alpha * factor, sum(told) / len(told), share, mean, spread))
     return found
 
 
 def test_measuring_equals_the_edit_on_the_whole_model_with_fewer_blocks() -> None:
     lm = deep()
     bench = bench_of(lm, 0.3)
-    parts, (level, before) = bench.parts, bench.level_of(0)
-    settings = [*grid(6, ("default", "softmax", "mean-delta"), (4,), {"mu": (1.0, 100.0), "beta": (20.0,)})]
-    assert len(settings) == 4
+    parts, (levels, before) = bench.parts, bench.level_of(0)
+    level = float(levels.mean())
+    settings = grid(6, ("default", "ridge", "softmax", "mean-delta"), (4,), {"mu": (1.0, 10.0), "beta": (8.0,)})
+    assert len(settings) == 6
     start = lm.counters.sequence_blocks
     found = [bench.measure(setting, 0) for setting in settings]
     shared = lm.counters.sequence_blocks - start
     start = lm.counters.sequence_blocks
-    expected = [slowly(lm, setting, parts.folds[0], parts.fit, parts.validation, level) for setting in settings]
+    expected = [slowly(lm, setting, parts.folds[0], parts.fit, parts.validation, levels) for setting in settings]
     assert lm.counters.sequence_blocks - start >= 1.5 * shared
     for measured, points in zip(found, expected, strict=True):
-        keys = ("alpha", "forget", "retain_change", "retain_stderr")
+        keys = ("alpha", "forget", "closed", "retain_change", "retain_stderr")
         numbers = [[point[key] for key in keys] for point in measured["points"]]
         np.testing.assert_allclose(numbers, points, rtol=0, atol=1e-5)
         assert [point["factor"] for point in measured["points"]] == [0.5, 0.75, 1.0, 1.25]
         assert measured["alpha"] == measured["points"][2]["alpha"]
-        assert (measured["level"], measured["before"], measured["note"]) == (level, before, "")
+        assert (measured["level"], measured["before"], measured["note"]) == (level, before.mean(), "")
         assert abs(measured["points"][2]["forget"] - level) <= 0.01 * 0.3 + 1e-4  # the tolerance of the calibration
+
+
+def test_each_fact_closes_its_own_gap() -> None:
+    """Half of one gap, all of another although it is far below, none of a third that rose; the fourth had none."""
+    before, level = np.array([-2.0, -1.0, -3.0, -9.0]), np.array([-6.0, -5.0, -4.0, -8.0])
+    assert closed(np.array([-4.0, -50.0, -1.0, -9.0]), level, before) == pytest.approx((0.5 + 1 + 0) / 3)
+    assert closed(before, level, before) == 0
+    assert closed(level, level, before) == 1
 
 
 def test_a_resumed_model_runs_blocks_below_the_site_once(toy: MaskedDiffusionLM, facts: list[Fact]) -> None:
@@ -237,8 +268,14 @@ def test_facts_that_are_at_the_level_are_refused(toy: MaskedDiffusionLM) -> None
 
 
 # ------------------------------------------------------------------ choosing
-def point(distance: float, loss: float, *, at_level: bool = False) -> dict[str, Any]:
-    return {"factor": 1.0, "alpha": 1.0, "distance": distance, "retain_loss": loss, "at_level": at_level}
+def point(distance: float, loss: float, *, at_level: bool = False, closed: float = 0.5) -> dict[str, Any]:
+    given = {"distance": distance, "retain_loss": loss, "at_level": at_level, "closed": closed}
+    return {"factor": 1.0, "alpha": 1.0, **given}
+
+
+def at(loss: float, closed: float) -> dict[str, Any]:
+    """A calibrated point; its distance is what calibration leaves."""
+    return point(0.01 * closed, loss, at_level=True, closed=closed)
 
 
 def setting(*points: dict[str, Any], name: str = "default", note: str = "") -> dict[str, Any]:
@@ -248,7 +285,9 @@ def setting(*points: dict[str, Any], name: str = "default", note: str = "") -> d
 @pytest.mark.parametrize(
     ("points", "budget", "best"),
     [
-        ([point(0.1, 0.9, at_level=True), point(-0.1, 0.3, at_level=True), point(2.0, 0.1)], 1.0, 1),  # cheapest at the level
+        ([at(0.3, 0.6), at(0.9, 0.8), at(1.1, 1.0), point(0.0, 0.1, closed=0.9)], 1.0, 1),  # most of each gap, at the level
+        ([at(0.9, 0.6), point(0.0, 0.1), at(0.2, 0.6)], 1.0, 0),  # what it costs within the budget does not count
+        ([at(3.0, 1.0), at(2.0, 0.1), point(5.0, 1.5, closed=0.0)], 1.0, 2),
         ([point(0.0, 3.0, at_level=True), point(4.0, 0.8), point(-2.0, 0.9), point(6.0, 0.1)], 1.0, 2),  # nearest, either side
         ([point(0.0, 3.0, at_level=True), point(4.0, 2.0), point(9.0, 2.5)], 1.0, 1),  # nothing within: smallest loss
         ([point(0.0, 1.0, at_level=True), point(1.0, 0.1)], 1.0, 0),  # the budget itself is within it
@@ -280,17 +319,18 @@ def test_the_frontier_is_what_nothing_beats(places: list[tuple[int, int]]) -> No
 
 
 def test_averages_over_folds() -> None:
-    def fold(alpha: float | None, changes: tuple[float, ...]) -> dict[str, Any]:
+    def fold(alpha: float | None, changes: tuple[float, ...], shut: float = 0.2) -> dict[str, Any]:
         cells = [
-            {"factor": f, "alpha": f * 2, "forget": -10.0 * f, "retain_change": c, "retain_stderr": 0.1}
+            {"factor": f, "alpha": f * 2, "forget": -10.0 * f, "closed": f * shut, "retain_change": c, "retain_stderr": 0.1}
             for f, c in zip(LADDER, changes, strict=True)
         ]
         return {"alpha": alpha, "level": -9.0, "before": -1.0, "note": "", "points": cells}
 
-    one, other = fold(2.0, (-0.1, -0.2, -0.4, -0.5)), fold(2.0, (0.1, 0.2, 0.2, 0.0))
+    one, other = fold(2.0, (-0.1, -0.2, -0.4, -0.5)), fold(2.0, (0.1, 0.2, 0.2, 0.0), shut=0.8)
     found = averaged([one, other])
     assert [p["retain_loss"] for p in found] == pytest.approx([0.1, 0.2, 0.3, 0.25])  # changes do not cancel between folds
     assert [p["distance"] for p in found] == pytest.approx([4.0, 1.5, -1.0, -3.5])
+    assert [p["closed"] for p in found] == pytest.approx([0.25, 0.375, 0.5, 0.625])
     assert [p["at_level"] for p in found] == [False, False, True, False]
     assert found[2]["selectivity"] == pytest.approx((9 / 0.4 + 9 / 0.2) / 2)
     assert found[3]["selectivity"] is None  # no retain change to divide by
@@ -318,7 +358,7 @@ def files(taught: MaskedDiffusionLM, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def job(files: Path, **changes: Any) -> TuneJob:
-    given = {"layers": (0, 1), "values": {"mu": (1.0, 10.0)}, "budget": 3, "retain_budget": 5.0}
+    given = {"layers": (0, 1), "values": {"mu": (1.0, 10.0), "beta": (2.0,)}, "budget": 3, "retain_budget": 5.0}
     return TuneJob(str(files / "model"), files / "facts.jsonl", files / "retain.jsonl", **given | changes)
 
 
@@ -420,7 +460,7 @@ def test_the_command_prints_a_table_and_the_record(remask: Remask, files: Path, 
         (["--layers", "1,x"], "--layers '1,x' is no comma list"),
         (["--layers", "7"], "layer 7 is outside the model"),
         (["--preset", "bold"], "preset 'bold' cannot be tuned"),
-        (["--beta", "3"], "'beta'"),
+        (["--preset", "ridge", "--beta", "3"], "'beta'"),
         (["--level", "never-trained"], "--reference"),
         (["--reference", "{files}/other"], "differ in vocabulary"),
         (["--retain", "{files}/one.jsonl"], "at least two people"),

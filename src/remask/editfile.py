@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..errors import RemaskError
-from ..tensorfile import read_tensors, write_tensors
+from .errors import RemaskError
+from .tensorfile import read_tensors, write_tensors
 
-FORMAT = 2
+FORMAT = 3
 
 
 def write_edit(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -42,6 +42,10 @@ class Site:
     module: Module = "resid"
     steps: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.module not in MODULES:
+            raise RemaskError(f"site module {self.module!r} is unknown; choose one of {', '.join(MODULES)}")
+
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
         return {
@@ -209,8 +213,6 @@ class MaskedDiffusionLM:
         if not 0 <= site.layer < self.num_layers:
             raise RemaskError(f"site layer {site.layer} is outside the model: {self.name} has layers 0..{self.num_layers - 1}")
         block: Any = self.blocks[site.layer]
-        if site.module not in MODULES:
-            raise RemaskError(f"site module {site.module!r} is unknown; choose one of {', '.join(MODULES)}")
         return block if site.module == "resid" else getattr(self.stack, site.module)(block)
 
     def mlp_key_module(self, layer: int) -> nn.Module:

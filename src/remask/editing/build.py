@@ -9,6 +9,7 @@ from ..errors import RemaskError
 from ..facts import Fact, check_unique_ids
 from ..random import digest
 from .capture import Captured, capture_anchor, capture_keys, capture_subject, object_values
+from .compress import compressed
 from .config import MemoryConfig
 
 
@@ -17,11 +18,17 @@ def fact_hash(fact: Fact) -> str:
     return digest("fact", fact.prompt, fact.subject, fact.answer, fact.target)
 
 
+def shortened(ids: Sequence[str], limit: int = 5) -> str:
+    """The first ids, and how many more there are."""
+    more = f" and {len(ids) - limit} more" if len(ids) > limit else ""
+    return ", ".join(ids[:limit]) + more
+
+
 def in_order(facts: Sequence[Fact], retain: Sequence[Fact]) -> list[Fact]:
     """Facts by id, so that batches do not depend on the order in which they came.
 
     Raises:
-        RemaskError: no facts, ids twice, one question with two targets, or a fact that is to be forgotten and retained.
+        RemaskError: no facts, ids twice, one question with two targets or answers, or a fact that is to be forgotten and retained.
     """
     if not facts:
         raise RemaskError("a memory needs at least one fact")
@@ -30,8 +37,10 @@ def in_order(facts: Sequence[Fact], retain: Sequence[Fact]) -> list[Fact]:
     asked: dict[str, Fact] = {}
     for fact in facts:
         other = asked.setdefault(fact.prompt, fact)
-        if other.target != fact.target:
-            raise RemaskError(f"facts {other.id!r} and {fact.id!r} ask the same question with two targets; keep one of them")
+        for what, one, two in (("targets", other.target, fact.target), ("answers", other.answer, fact.answer)):
+            if one != two:
+                both = f"facts {other.id!r} and {fact.id!r}"
+                raise RemaskError(f"{both} ask the same question with two {what}; keep one of them")
     told = {(fact.prompt, fact.answer): fact.id for fact in facts}
     for fact in retain:
         if forgotten := told.get((fact.prompt, fact.answer)):
@@ -42,7 +51,19 @@ def in_order(facts: Sequence[Fact], retain: Sequence[Fact]) -> list[Fact]:
 def capture_facts(
     lm: MaskedDiffusionLM, facts: Sequence[Fact], site: Site, config: MemoryConfig, retain: Sequence[Fact]
 ) -> Captured:
-    """Keys and deltas of `facts` as the config says; only the blocks up to the site run.
+    """Keys and deltas of `facts` as the config says, compressed if it says so; only the blocks up to the site run.
+
+    Raises:
+        RemaskError: a target that needs retain facts, or a new object, which are not there.
+    """
+    captured = _captured(lm, facts, site, config, retain)
+    return compressed(captured, config.compress) if config.compress else captured
+
+
+def _captured(
+    lm: MaskedDiffusionLM, facts: Sequence[Fact], site: Site, config: MemoryConfig, retain: Sequence[Fact]
+) -> Captured:
+    """Every key and its delta.
 
     Raises:
         RemaskError: a target that needs retain facts, or a new object, which are not there.

@@ -47,7 +47,11 @@ def mean_logprob(
     lm: MaskedDiffusionLM, rows: Sequence[Encoded], bank: MaskBank = CALIBRATION_BANK, *, hide_prompt: bool = False
 ) -> float:
     """Mean answer log-probability of `rows`, nats a row."""
-    return float(np.mean([score.logprob for score in elbo(lm, rows, bank, hide_prompt=hide_prompt)]))
+    return float(_logprobs(lm, rows, bank, hide_prompt).mean())
+
+
+def _logprobs(lm: MaskedDiffusionLM, rows: Sequence[Encoded], bank: MaskBank, hide_prompt: bool = False) -> np.ndarray:
+    return np.array([score.logprob for score in elbo(lm, rows, bank, hide_prompt=hide_prompt)])
 
 
 Level = Literal["auto", "never-trained", "prompt-masked"]
@@ -60,12 +64,24 @@ def target_level(
     level: Level = "auto",
     bank: MaskBank = CALIBRATION_BANK,
 ) -> float:
-    """The level to forget to, nats a row.
+    """The level to forget to, nats a row: the mean of `target_levels`."""
+    return float(target_levels(lm, facts, reference, level, bank).mean())
+
+
+def target_levels(
+    lm: MaskedDiffusionLM,
+    facts: Sequence[Fact],
+    reference: MaskedDiffusionLM | None = None,
+    level: Level = "auto",
+    bank: MaskBank = CALIBRATION_BANK,
+) -> np.ndarray:
+    """The level of every fact, nats, [facts].
 
     Args:
         reference: model that never saw the facts.
         level: `never-trained` (the reference's), `prompt-masked` (the model's own without the question), or `auto`: the higher
-            of the two. A small reference can be confidently wrong, far below knowing nothing; going there is over-forgetting.
+            of the two, by their means. A small reference can be confidently wrong, far below knowing nothing; going there is
+            over-forgetting.
 
     Raises:
         RemaskError: `never-trained` without a reference.
@@ -74,10 +90,10 @@ def target_level(
         raise RemaskError("the never-trained level needs a reference model; pass --reference or choose another --level")
     levels = []
     if level != "never-trained":
-        levels.append(anchor_level(lm, [lm.encode(fact) for fact in facts], bank))
+        levels.append(_logprobs(lm, [lm.encode(fact) for fact in facts], bank, hide_prompt=True))
     if level != "prompt-masked" and reference is not None:
-        levels.append(mean_logprob(reference, [reference.encode(fact) for fact in facts], bank))
-    return max(levels)
+        levels.append(_logprobs(reference, [reference.encode(fact) for fact in facts], bank))
+    return max(levels, key=np.mean)
 
 
 def calibrate(

@@ -9,7 +9,7 @@ name that the model never met, as the model itself represents it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,11 +24,23 @@ from .config import Anchor
 
 @dataclass(frozen=True)
 class Captured:
-    """Keys and deltas [n, d] in fp32 on the CPU, and the index of the fact that owns each row [n]."""
+    """Keys and deltas [n, d] in fp32 on the CPU, and the index of the fact that owns each row [n].
+
+    counts: captured keys that each row stands for, [n]; lost: what each row hides of them, the sums of squared distances of
+    their keys and of their deltas from its own, [n, 2].
+    """
 
     keys: Tensor
     deltas: Tensor
     owner: Tensor
+    counts: Tensor = field(default_factory=lambda: torch.empty(0))
+    lost: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        if not len(self.counts):
+            object.__setattr__(self, "counts", torch.ones(len(self.keys)))
+        if not len(self.lost):
+            object.__setattr__(self, "lost", torch.zeros(len(self.keys), 2))
 
 
 def site_output(lm: MaskedDiffusionLM, site: Site, ids: Tensor) -> Tensor:

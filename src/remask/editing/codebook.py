@@ -22,16 +22,16 @@ import torch
 from torch import Tensor
 
 from ..backbones.model import Encoded, MaskedDiffusionLM, Site
+from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact
+from .build import capture_facts, in_order
 from .capture import capture_keys, capture_subject
 from .config import MemoryConfig
-from .files import read_edit, write_edit
-from .memory import EditMemory
 from .shift import CodebookShift, Shift
 from .site import SiteEdit
 
-CODEBOOK = MemoryConfig(preset="codebook", mu=0.0)
+CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0)
 _BLOCK = 64  # keys whose distances are in memory at a time
 
 
@@ -96,11 +96,13 @@ class Codebook(SiteEdit):
         """
         if not retain:
             raise RemaskError("a codebook needs retain facts: their distances set its radii; pass --retain")
-        memory = EditMemory.build(lm, facts, site, retain=retain, config=config)
+        facts = in_order(facts, retain)
+        lm.site_module(site)
+        captured = capture_facts(lm, facts, site, config, retain)
         kept = _keys(lm, site, [lm.encode(fact) for fact in retain], config)
-        radii = deferral_radii(memory.keys, memory.deltas, memory.owner, kept, quantile)
-        ids, parts = memory.fact_ids, (memory.keys, memory.deltas, memory.owner)
-        return cls(config, site, ids, *parts, radii, memory.model, quantile, alpha)
+        parts = (captured.keys, captured.deltas, captured.owner)
+        ids = tuple(fact.id for fact in facts)
+        return cls(config, site, ids, *parts, deferral_radii(*parts, kept, quantile), lm.fingerprint(), quantile, alpha)
 
     def shift(self) -> Shift:
         """What it adds to a residual, strength included."""

@@ -22,6 +22,7 @@ Shapes: B sequences, L positions, d hidden size. Where an engine packs its seque
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import math
 import threading
@@ -96,7 +97,8 @@ def attach(
         )
     with torch.inference_mode(False), torch.no_grad():  # inference tensors could not be changed in place later
         shift = edit.shift()
-        shift = shift.padded(shift.capacity if capacity is None else capacity)
+        # a copy keeps the layout in memory, with which products round as they do where the edit is attached by itself
+        shift = copy.deepcopy(shift) if capacity is None else shift.padded(capacity)
         width = getattr(getattr(model, "config", None), "hidden_size", None) or shift.width
         if module is None and shift.width != width:
             raise RemaskError(f"the edit has {shift.width} dimensions and the model {width}; build the edit on this model")

@@ -4,8 +4,9 @@
 
 S_q keeps the ceil(q N) largest coefficients of each token. Presets: `paper` is the literal reading of TimeROME-DLM's equations
 6-12 (one subject key a fact, refusal target, absolute ridge); `default` reads keys where predictions are made, moves them to
-what the model itself says when it cannot see who is asked about, and solves with the retain set in the system; `softmax`
-retrieves among forget and retain keys instead; `gated` is equation 10.
+what the model itself says when it cannot see who is asked about, and solves with the retain set in the system, for a smooth
+function of the residual (kernel.py); `ridge` solves for a linear one; `softmax` retrieves among forget and retain keys instead;
+`gated` is equation 10.
 
 A memory is a value. Its rows are kept in the order of fact ids, so it does not depend on the order in which facts came, and one
 from which facts were removed is the one that never held them, bit for bit.
@@ -24,38 +25,19 @@ import torch
 from torch import Tensor
 
 from ..backbones.model import MaskedDiffusionLM, Site
+from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact
-from .build import capture_facts, fact_hash, in_order
+from .build import capture_facts, fact_hash, in_order, shortened
 from .calibrate import calibrate
 from .capture import Captured, capture_keys
+from .compress import lost_share
 from .config import PRESETS, MemoryConfig
-from .files import read_edit, write_edit
-from .shift import GatedShift, LinearShift, Shift, SoftmaxShift, TopShift
+from .kernel import KernelSolution, solve_kernel
+from .retained import Retained, pooled
+from .shift import GatedShift, KernelShift, LinearShift, Shift, SoftmaxShift, TopShift
 from .site import SiteEdit
-from .solve import Solution, second_moment, solve_readout
-
-
-@dataclass(frozen=True)
-class Retained:
-    """What a memory keeps of the retain set: how many keys it had, their mean [d] and second moment [d, d], fp32.
-
-    `keys` [m, d] are kept only where the readout looks them up (softmax); [0, d] otherwise.
-    """
-
-    count: int
-    mean: Tensor
-    moment: Tensor
-    keys: Tensor
-
-    @classmethod
-    def of(cls, keys: Tensor, *, keep: bool) -> Retained:
-        """From retain keys [m, d]."""
-        return cls(len(keys), keys.mean(0), second_moment(keys).float(), keys if keep else keys[:0])
-
-    def equals(self, other: Retained) -> bool:
-        """Whether both came from the same keys."""
-        return self.count == other.count and torch.equal(self.moment, other.moment) and torch.equal(self.keys, other.keys)
+from .solve import Solution, solve_readout
 
 
 @dataclass
@@ -69,6 +51,7 @@ class EditMemory(SiteEdit):
         model: fingerprint of the model that it was captured on.
         alpha: strength.
         retained: of the retain set; None without one.
+        counts, lost: of compressed keys, as in `Captured`; [n] and [n, 2].
     """
 
     config: MemoryConfig
@@ -81,11 +64,15 @@ class EditMemory(SiteEdit):
     alpha: float = 1.0
     retained: Retained | None = None
     hashes: tuple[str, ...] = ()
-    solution: Solution = field(init=False)
+    counts: Tensor = field(default_factory=lambda: torch.empty(0))
+    lost: Tensor = field(default_factory=lambda: torch.empty(0))
+    solution: Solution | KernelSolution | None = field(init=False)
     kind = "edit memory"
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or ("",) * len(self.fact_ids)
+        whole = Captured(self.keys, self.deltas, self.owner, self.counts, self.lost)
+        self.counts, self.lost = whole.counts, whole.lost
         self._check()
         self._sort()
         if not self.deltas.any():
@@ -98,21 +85,27 @@ class EditMemory(SiteEdit):
         """Refuse parts that do not fit together, and numbers that are not finite."""
         n, d = self.keys.shape
         tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"keys": (self.keys, (n, d)), "deltas": (self.deltas, (n, d))}
-        looked_up = self.config.readout == "softmax"
+        tensors |= {"counts": (self.counts, (n,)), "losses": (self.lost, (n, 2))}
+        looked_up = self.config.keeps_keys
         if self.retained is not None:
-            kept, m = self.retained, self.retained.count if looked_up else 0
+            kept, m = self.retained, len(self.retained.keys)
+            least = min(kept.count, self.config.retain_keys) if looked_up else 0
+            if not least <= m <= (kept.count if looked_up else 0):
+                raise RemaskError(f"the readout {self.config.readout!r} does not fit the {m} retain keys of the memory")
             tensors |= {
                 "retain mean": (kept.mean, (d,)),
                 "retain moment": (kept.moment, (d, d)),
                 "retain keys": (kept.keys, (m, d)),
             }
         elif looked_up:
-            raise RemaskError("the readout 'softmax' needs retain keys; build the memory with retain facts")
+            raise RemaskError(f"the readout {self.config.readout!r} needs retain keys; build the memory with retain facts")
         for name, (tensor, shape) in tensors.items():
             if tensor.shape != shape:
                 raise RemaskError(f"{name}: shape {list(tensor.shape)} where {list(shape)} is needed")
             if not tensor.isfinite().all():
                 raise RemaskError(f"{name}: not every number is finite; choose a site where the model's residuals are")
+        if (self.counts < 1).any() or (self.lost < 0).any():
+            raise RemaskError("a row stands for at least one key and hides no less than nothing of it")
         count, owners = len(self.fact_ids), self.owner.tolist()
         if len(owners) != n or set(owners) != set(range(count)) or not count == len(set(self.fact_ids)) == len(self.hashes):
             raise RemaskError("every row must belong to a fact, and every fact needs a row, a hash and an id of its own")
@@ -128,6 +121,13 @@ class EditMemory(SiteEdit):
         self.fact_ids = tuple(self.fact_ids[i] for i in order)
         self.hashes = tuple(self.hashes[i] for i in order)
         self.keys, self.deltas, self.owner = self.keys[rows], self.deltas[rows], place[self.owner][rows]
+        self.counts, self.lost = self.counts[rows], self.lost[rows]
+
+    @property
+    def weights(self) -> Tensor:
+        """How much each row counts in the solve, [n]: the keys that it stands for, balanced over facts; of mean 1 a key."""
+        held = torch.zeros(len(self.fact_ids)).index_add_(0, self.owner, self.counts)
+        return self.counts * (held.mean() / held)[self.owner] ** self.config.balance
 
     @cached_property
     def centre(self) -> Tensor:
@@ -136,7 +136,25 @@ class EditMemory(SiteEdit):
             return torch.zeros(self.keys.shape[1])
         return self.keys.mean(0) if self.retained is None else self.retained.mean
 
-    def _solve(self) -> Solution:
+    def _solve(self) -> Solution | KernelSolution | None:
+        """The system's solution; None where nothing is solved: retrieval and the single gate."""
+        config, kept = self.config, self.retained
+        if config.readout == "kernel":
+            assert kept is not None
+            return solve_kernel(
+                self.keys,
+                self.deltas,
+                self.weights,
+                kept.keys,
+                kept.mean,
+                beta=config.beta,
+                mu=config.mu,
+                ridge=config.ridge,
+                landmarks=config.landmarks,
+            )
+        return self._solve_ridge() if config.readout == "ridge" else None
+
+    def _solve_ridge(self) -> Solution:
         moment = None
         if self.config.mu > 0 and self.retained is not None:
             moment = self.retained.moment
@@ -147,7 +165,14 @@ class EditMemory(SiteEdit):
             raise RemaskError(
                 "centring leaves nothing of the keys: all are equal; set centre=False, or mu > 0 with retain facts"
             )
-        return solve_readout(keys, self.config.ridge, relative=self.config.relative, retain_moment=moment, mu=self.config.mu)
+        return solve_readout(
+            keys,
+            self.config.ridge,
+            relative=self.config.relative,
+            retain_moment=moment,
+            mu=self.config.mu,
+            weights=self.weights,
+        )
 
     @classmethod
     def build(
@@ -180,13 +205,13 @@ class EditMemory(SiteEdit):
             )
         captured = capture_facts(lm, facts, site, config, retain)
         retained = None
-        if config.mu > 0 or config.readout == "softmax":
-            keys = capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank)
-            retained = Retained.of(keys, keep=config.readout == "softmax")
+        if config.mu > 0 or config.keeps_keys:
+            retained = Retained.of(capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank), config)
         ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
         strength = 1.0 if alpha == "calibrated" else alpha
         parts = (captured.keys, captured.deltas, captured.owner)
-        memory = cls(config, site, ids, *parts, lm.fingerprint(), strength, retained, hashes)
+        rows = captured.counts, captured.lost
+        memory = cls(config, site, ids, *parts, lm.fingerprint(), strength, retained, hashes, *rows)
         if alpha != "calibrated":
             return memory
         return calibrate(lm, memory, [lm.encode(fact) for fact in facts], level)
@@ -194,23 +219,32 @@ class EditMemory(SiteEdit):
     # ---------------------------------------------------------------- acting
     def shift(self) -> Shift:
         """What the memory adds to a residual, strength included."""
-        config, n = self.config, len(self.keys)
-        values = self.deltas * self.alpha
-        if config.readout == "softmax":
+        if isinstance(self.solution, KernelSolution):
             assert self.retained is not None
-            keys = torch.cat([self.keys, self.retained.keys])
-            values = torch.cat([values, torch.zeros_like(self.retained.keys)])
-            centre = self.centre if config.centre else keys.mean(0)
-            return SoftmaxShift(keys, values, torch.ones(len(keys)), config.beta, centre)
-        if config.readout == "gated":
-            key = self.keys[0] - self.centre
-            return GatedShift(
-                key, values[0], config.ridge * (float(key.square().sum()) if config.relative else 1.0), config.cap
-            )
-        if config.q == 1:
-            return LinearShift(self.solution.readout.double().T @ self.deltas.double() * self.alpha, self.centre)
-        count = -(-int(config.q * n * 1_000_000) // 1_000_000)  # ceil without float dust
-        return TopShift(self.solution.readout, values, max(1, count), self.centre)
+            solved = self.solution
+            return KernelShift(solved.landmarks, solved.values * self.alpha, self.config.beta, self.retained.mean)
+        if isinstance(self.solution, Solution):
+            return self._ridge_shift(self.solution.readout)
+        return self._softmax_shift() if self.config.readout == "softmax" else self._gated_shift()
+
+    def _ridge_shift(self, readout: Tensor) -> Shift:
+        if self.config.q == 1:
+            return LinearShift(readout.double().T @ self.deltas.double() * self.alpha, self.centre)
+        count = -(-int(self.config.q * len(readout) * 1_000_000) // 1_000_000)  # ceil without float dust
+        return TopShift(readout, self.deltas * self.alpha, max(1, count), self.centre)
+
+    def _softmax_shift(self) -> Shift:
+        assert self.retained is not None
+        kept = self.retained.keys
+        keys = torch.cat([self.keys, kept])
+        values = torch.cat([self.deltas * self.alpha, torch.zeros_like(kept)])
+        weights = torch.cat([self.weights, torch.full((len(kept),), self.retained.count / len(kept))])
+        return SoftmaxShift(keys, values, weights, self.config.beta, self.centre if self.config.centre else keys.mean(0))
+
+    def _gated_shift(self) -> Shift:
+        key = self.keys[0]
+        eps = self.config.ridge * (float(key.square().sum()) if self.config.relative else 1.0)
+        return GatedShift(key, self.deltas[0] * self.alpha, eps, self.config.cap)
 
     def _tensors(self) -> list[Tensor]:
         return list(self.shift().buffers())
@@ -245,8 +279,13 @@ class EditMemory(SiteEdit):
         held = [fact.id for fact in facts if fact.id in self.fact_ids]
         if held:
             raise RemaskError(f"the memory holds fact {held[0]!r} already; remove it first, or give the new one another id")
+        hashes = tuple(fact_hash(fact) for fact in facts)
+        for fact, known in zip(facts, hashes, strict=True):
+            if known in self.hashes:
+                twin = self.fact_ids[self.hashes.index(known)]
+                raise RemaskError(f"the memory holds fact {fact.id!r} already, as {twin!r}; leave it out")
         captured = capture_facts(lm, facts, self.site, self.config, retain)
-        return self._with(captured, tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts))
+        return self._with(captured, tuple(fact.id for fact in facts), hashes)
 
     def merge(self, other: EditMemory) -> EditMemory:
         """Both memories' facts in one, solved together; `a + b` is the same. Retain sets are pooled by their sizes.
@@ -266,8 +305,8 @@ class EditMemory(SiteEdit):
         both = sorted(set(self.fact_ids) & set(other.fact_ids))
         if both:
             raise RemaskError(f"both memories hold fact {both[0]!r}; remove it from one of them first")
-        captured = Captured(other.keys, other.deltas, other.owner)
-        return self._with(captured, other.fact_ids, other.hashes, _pooled(self.retained, other.retained))
+        captured = Captured(other.keys, other.deltas, other.owner, other.counts, other.lost)
+        return self._with(captured, other.fact_ids, other.hashes, pooled(self.retained, other.retained))
 
     def __add__(self, other: EditMemory) -> EditMemory:
         return self.merge(other)
@@ -278,8 +317,8 @@ class EditMemory(SiteEdit):
         keys, deltas = torch.cat([self.keys, more.keys]), torch.cat([self.deltas, more.deltas])
         owner = torch.cat([self.owner, more.owner + len(self.fact_ids)])
         names, marks = self.fact_ids + ids, self.hashes + hashes
-        kept = retained or self.retained
-        return EditMemory(self.config, self.site, names, keys, deltas, owner, self.model, self.alpha, kept, marks)
+        kept, rows = retained or self.retained, (torch.cat([self.counts, more.counts]), torch.cat([self.lost, more.lost]))
+        return EditMemory(self.config, self.site, names, keys, deltas, owner, self.model, self.alpha, kept, marks, *rows)
 
     def remove(self, *fact_ids: str) -> EditMemory:
         """A memory without these facts: equal to one that never held them; nothing of theirs is kept.
@@ -289,7 +328,7 @@ class EditMemory(SiteEdit):
         """
         unknown = sorted(set(fact_ids) - set(self.fact_ids))
         if unknown:
-            raise RemaskError(f"the memory holds no fact {unknown[0]!r}")
+            raise RemaskError(f"the memory holds no fact {unknown[0]!r}; it holds {shortened(self.fact_ids)}")
         left = [i for i, name in enumerate(self.fact_ids) if name not in fact_ids]
         if not left:
             raise RemaskError("removing every fact leaves no memory; detach it or delete its file instead")
@@ -307,17 +346,20 @@ class EditMemory(SiteEdit):
             self.alpha,
             self.retained,
             tuple(self.hashes[i] for i in left),
+            self.counts[keep],
+            self.lost[keep],
         )
 
     def describe(self) -> dict[str, Any]:
-        """Preset, site, strength, size, conditioning."""
+        """Preset, site, strength, size, conditioning, and what compression has lost of keys and deltas (shares)."""
         return {
             "preset": self.config.preset,
             "alpha": self.alpha,
             "site": self.site.to_dict(),
             "facts": len(self.fact_ids),
             "keys": len(self.keys),
-            "condition": self.solution.condition,
+            "condition": None if self.solution is None else self.solution.condition,
+            "lost": list(lost_share(self.keys, self.deltas, self.counts, self.lost)),
             "model": self.model,
             "config": asdict(self.config),
         }
@@ -325,7 +367,7 @@ class EditMemory(SiteEdit):
     # ---------------------------------------------------------------- file form
     def save(self, path: str | Path) -> None:
         """Write an edit file, atomically."""
-        tensors = {"keys": self.keys, "deltas": self.deltas, "owner": self.owner}
+        tensors = {name: getattr(self, name) for name in ("keys", "deltas", "owner", "counts", "lost")}
         if self.retained is not None:
             tensors |= {f"retain_{name}": getattr(self.retained, name) for name in ("mean", "moment", "keys")}
         header = {
@@ -363,17 +405,8 @@ class EditMemory(SiteEdit):
                 header["alpha"],
                 retained,
                 tuple(header["hashes"]),
+                tensors["counts"],
+                tensors["lost"],
             )
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RemaskError) as error:
             raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
-
-
-def _pooled(one: Retained | None, other: Retained | None) -> Retained | None:
-    """The retain sets of two memories together; one that both share counts once."""
-    if one is None or other is None or one.equals(other):
-        return one or other
-    one, other = sorted((one, other), key=lambda kept: kept.keys.numpy().tobytes())  # a + b is b + a
-    total = one.count + other.count
-    mean = (one.count * one.mean + other.count * other.mean) / total
-    moment = (one.count * one.moment + other.count * other.moment) / total
-    return Retained(total, mean, moment, torch.cat([one.keys, other.keys]))

@@ -199,6 +199,35 @@ class SoftmaxShift(Shift):
         return scores.softmax(dim=-1) @ self.values.to(hidden.dtype)
 
 
+class KernelShift(Shift):
+    """exp(beta (cos(h, z) - 1)) B: a smooth function of the residual, given by its values around landmarks.
+
+    Args:
+        landmarks: z, [M, d], unit vectors; values: B, [M, d], strength included.
+        beta: inverse temperature.
+        centre: [d], subtracted from residuals before the cosine.
+    """
+
+    free: ClassVar[dict[str, float]] = {"landmarks": 0.0, "values": 0.0}
+    landmarks: Tensor
+    values: Tensor
+    centre: Tensor
+    beta: Tensor
+
+    def __init__(self, landmarks: Tensor, values: Tensor, beta: float, centre: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("landmarks", landmarks.float())
+        self.register_buffer("values", values.float())
+        self.register_buffer("centre", centre.float())
+        self.register_buffer("beta", torch.tensor(float(beta), device=landmarks.device))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Two products with an exponential between them."""
+        unit = nn.functional.normalize(hidden - self.centre.to(hidden.dtype), dim=-1)
+        features = (self.beta.to(hidden.dtype) * (unit @ self.landmarks.to(hidden.dtype).T - 1)).exp()
+        return features @ self.values.to(hidden.dtype)
+
+
 class GatedShift(Shift):
     """g(h) delta with g(h) = clip(<h, k> / (|k|^2 + eps), 0, cap): one fact (TimeROME-DLM, equation 10)."""
 

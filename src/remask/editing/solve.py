@@ -34,27 +34,37 @@ def ridge_scale(keys: Tensor, ridge: float, relative: bool) -> float:
 
 
 def solve_readout(
-    keys: Tensor, ridge: float, *, relative: bool = True, retain_moment: Tensor | None = None, mu: float = 0.0
+    keys: Tensor,
+    ridge: float,
+    *,
+    relative: bool = True,
+    retain_moment: Tensor | None = None,
+    mu: float = 0.0,
+    weights: Tensor | None = None,
 ) -> Solution:
-    """A = K (K^T K + mu n M + lambda I)^-1 with M = R^T R / m the retain keys' second moment [d, d].
+    """A = W K (K^T W K + mu n M + lambda I)^-1 with M = R^T R / m the retain keys' second moment [d, d].
+
+    Args:
+        weights: of the keys, [n]; W is diagonal. None = all 1.
 
     Raises:
         RemaskError: singular or near-singular system, with the remedy.
     """
-    wide = keys.double()
+    root = torch.ones(len(keys), 1, dtype=torch.float64) if weights is None else weights.double().sqrt().unsqueeze(1)
+    wide = root * keys.double()
     n, d = wide.shape
     scale = ridge_scale(keys, ridge, relative)
     if mu > 0 and retain_moment is None:
         raise RemaskError("a retain-aware memory (mu > 0) needs retain facts; pass --retain or set mu = 0")
     if mu == 0 and n <= d:
         system = wide @ wide.T + scale * torch.eye(n, dtype=torch.float64)
-        readout, condition = _solve(system, wide)
-        return Solution(readout.float(), condition)
+        readout, condition = factor_solve(system, wide)
+        return Solution((root * readout).float(), condition)
     system = wide.T @ wide + scale * torch.eye(d, dtype=torch.float64)
     if mu > 0 and retain_moment is not None:
         system += mu * n * retain_moment.double()
-    readout, condition = _solve(system, wide.T)
-    return Solution(readout.T.contiguous().float(), condition)
+    readout, condition = factor_solve(system, wide.T)
+    return Solution((root * readout.T).float(), condition)
 
 
 def second_moment(keys: Tensor) -> Tensor:
@@ -63,8 +73,12 @@ def second_moment(keys: Tensor) -> Tensor:
     return wide.T @ wide / len(wide)
 
 
-def _solve(system: Tensor, right: Tensor) -> tuple[Tensor, float]:
-    """Cholesky solution and the system's condition number."""
+def factor_solve(system: Tensor, right: Tensor) -> tuple[Tensor, float]:
+    """Cholesky solution of a symmetric positive system, and its condition number.
+
+    Raises:
+        RemaskError: singular to working precision, with the remedy.
+    """
     condition = float(torch.linalg.cond(system))
     factor, info = torch.linalg.cholesky_ex(system)
     if int(info) or not condition <= MAX_CONDITION:

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..backbones.model import Encoded, MaskedDiffusionLM, Site
 from ..diffusion.masks import MaskBank
+from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact, check_unique_ids
 from ..random import numpy_generator
 from .capture import object_values
 from .config import PRESETS
-from .files import read_edit, write_edit
 from .memory import EditMemory
 from .shift import ConstantShift, Shift
 from .site import SiteEdit
@@ -86,9 +86,10 @@ class SteeringVector(SiteEdit):
 
 def mean_delta(memory: EditMemory) -> SteeringVector:
     """The control at equal strength: the memory's mean delta, scaled to the memory's root-mean-square shift on its own keys."""
-    vector = memory.deltas.mean(dim=0)
+    share = memory.counts / memory.counts.sum()
+    vector = share @ memory.deltas
     shift = memory.shift()(memory.keys)
-    strength = shift.square().sum(dim=1).mean().sqrt() / vector.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    strength = (share @ shift.square().sum(dim=1)).sqrt() / vector.norm().clamp_min(torch.finfo(torch.float32).tiny)
     return SteeringVector(vector, memory.site, float(strength), preset="mean-delta", model=memory.model)
 
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 
 from ..backbones import MaskedDiffusionLM
+from ..backbones.weight_edit import WeightEdit
 from ..diffusion.masks import MaskBank
 from ..editing.build import fact_hash
 from ..editing.calibrate import mean_logprob
-from ..editing.memory import EditMemory, Retained
+from ..editing.memory import EditMemory
+from ..editing.retained import Retained
 from ..editing.site import SiteEdit
 from ..facts import Fact
 from ..random import digest, numpy_generator
@@ -68,7 +70,7 @@ def _same_rows(one: EditMemory, other: EditMemory, name: str) -> bool:
     return one.hashes[a] == other.hashes[b] and all(torch.equal(x, y) for x, y in zip(*rows, strict=True))
 
 
-def verify_edit(lm: MaskedDiffusionLM, edit: SiteEdit, facts: Sequence[Fact] = ()) -> dict[str, Any]:
+def verify_edit(lm: MaskedDiffusionLM, edit: SiteEdit | WeightEdit, facts: Sequence[Fact] = ()) -> dict[str, Any]:
     """Whether an edit acts on its model and goes away without a trace; with facts also whether it holds and moves them.
 
     One that is limited to steps is tried at its first.
@@ -79,7 +81,7 @@ def verify_edit(lm: MaskedDiffusionLM, edit: SiteEdit, facts: Sequence[Fact] = (
     canvas = _probe(lm)
     with torch.inference_mode():
         before = lm.logits(canvas)
-        with edit.attached(lm), _at_step(lm, edit.site.steps):
+        with edit.attached(lm), _at_step(lm, edit.site.steps if isinstance(edit, SiteEdit) else None):
             during = lm.logits(canvas)
         after = lm.logits(canvas)
     checks = {

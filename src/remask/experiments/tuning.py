@@ -101,9 +101,10 @@ def second_pass(settings: Sequence[Setting], ranked: Sequence[Setting], left: in
 def averaged(folds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Points of a setting, each the mean over its folds; none where a fold could not be measured.
 
-    distance: of the facts above the level (negative = below it); retain_loss: mean size of the retain change; selectivity:
-    forget change over retain change; all in nats a row. The folds share their validation rows, so that the mean of their
-    standard errors is given, not less. at_level: every fold was calibrated, and this is its calibrated strength.
+    distance: of the facts above the level (negative = below it), nats a row; closed: as the bench says, a share; retain_loss:
+    mean size of the retain change, nats a row; selectivity: forget change over retain change. The folds share their validation
+    rows, so that the mean of their standard errors is given, not less. at_level: every fold was calibrated, and this is its
+    calibrated strength.
     """
     if not all(fold["points"] for fold in folds):
         return []
@@ -118,6 +119,7 @@ def averaged(folds: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 "alpha": float(np.mean([cell["alpha"] for _, cell in cells])),
                 "at_level": factor == 1 and all(fold["alpha"] is not None for fold in folds),
                 "distance": float(np.mean([cell["forget"] - fold["level"] for fold, cell in cells])),
+                "closed": float(np.mean([cell["closed"] for _, cell in cells])),
                 "forget_change": float(np.mean([cell["forget"] - fold["before"] for fold, cell in cells])),
                 "retain_loss": float(np.mean([abs(cell["retain_change"]) for _, cell in cells])),
                 "retain_stderr": None if None in errors else float(np.mean(errors)),
@@ -132,13 +134,14 @@ def merit(point: Mapping[str, Any], retain_budget: float) -> tuple[int, float, f
     loss = float(point["retain_loss"])
     if loss > retain_budget:
         return 1, loss, 0.0
-    return 0, 0.0 if point["at_level"] else abs(point["distance"]), loss
+    return (0, 0.0, -point["closed"]) if point["at_level"] else (0, abs(point["distance"]), loss)
 
 
 OBJECTIVE = (
     "Among the measured points with a retain loss of at most {budget:g} nats a row, the one nearest to the level, on either "
-    "side; a setting at its calibrated strength is at the level, and among those the smallest retain loss wins. Where no point "
-    "is within the budget, the smallest retain loss. Controls are measured and never chosen."
+    "side; a setting at its calibrated strength is at the level, and among those the one wins that closes most of each fact's "
+    "own gap (the mean over facts, each capped at its level: one setting lowers long answers only, another all of them). Where "
+    "no point is within the budget, the smallest retain loss. Controls are measured and never chosen."
 )
 
 
@@ -252,9 +255,8 @@ def _chosen(settings: Sequence[Mapping[str, Any]], found: Mapping[str, Any], job
     if not found["within_budget"]:
         reason = f"none of {found['points']} points is within the budget; the smallest retain loss"
     elif best["at_level"]:
-        reason = (
-            f"the smallest retain loss at the level; {found['within_budget']} of {found['points']} points are within the budget"
-        )
+        within = f"{found['within_budget']} of {found['points']} points are within the budget"
+        reason = f"closes most of each fact's own gap at the level; {within}"
     else:
         reason = f"no setting reaches the level within the budget; nearest of the {found['within_budget']} points that are"
     build = {**setting, "alpha": "calibrated" if best["at_level"] else best["alpha"]}

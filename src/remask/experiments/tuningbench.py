@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..backbones import Encoded, MaskedDiffusionLM, Site
 from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
-from ..editing.calibrate import Level, calibrate, mean_logprob, target_level
+from ..editing.calibrate import Level, calibrate, target_levels
 from ..editing.config import MemoryConfig, preset
 from ..editing.memory import EditMemory
 from ..editing.steering import SteeringVector, mean_delta
@@ -32,7 +32,8 @@ BANK = MaskBank(draws=4, replicates=1, seed=3_000_003)
 LADDER = (0.5, 0.75, 1.0, 1.25)  # strengths that are measured, in units of the calibrated one
 CONTROL = "mean-delta"
 AXES: dict[str, dict[str, tuple[Any, ...]]] = {  # what each preset can vary, and the default grid; () = the preset's own value
-    "default": {"anchor": (), "mu": (1.0, 10.0, 100.0), "ridge": (), "q": ()},
+    "default": {"anchor": (), "mu": (10.0, 30.0, 100.0), "beta": (2.0, 4.0, 8.0), "ridge": (), "balance": ()},
+    "ridge": {"anchor": (), "mu": (1.0, 10.0, 100.0), "ridge": (), "q": (), "balance": ()},
     "softmax": {"anchor": (), "beta": (10.0, 20.0, 40.0)},
     "paper": {"ridge": (0.1, 1.0, 10.0), "q": ()},
     CONTROL: {"anchor": ()},
@@ -52,7 +53,7 @@ class Setting:
     @property
     def config(self) -> MemoryConfig:
         """How the memory is captured and solved."""
-        return preset("default", mu=0.0, **self.changes) if self.preset == CONTROL else preset(self.preset, **self.changes)
+        return preset("ridge", mu=0.0, **self.changes) if self.preset == CONTROL else preset(self.preset, **self.changes)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
@@ -170,6 +171,17 @@ class Resumed(MaskedDiffusionLM):
         return self.run_from(self.layer, self._door(self._kept[key]), attention_mask, positions)
 
 
+def logprobs(lm: MaskedDiffusionLM, rows: Sequence[Encoded]) -> np.ndarray:
+    """Log-probability of every row on the tuning bank, nats, [rows]."""
+    return np.array([score.logprob for score in elbo(lm, rows, BANK)])
+
+
+def closed(after: np.ndarray, level: np.ndarray, before: np.ndarray) -> float:
+    """Mean share of the facts' own gaps that is closed, each between 0 and 1; facts without a gap do not count."""
+    known = before > level
+    return float(np.clip((before - after)[known] / (before - level)[known], 0, 1).mean())
+
+
 class Bench:
     """One model and one split; measures (setting, fold) pairs. States and captures of one layer are kept at a time."""
 
@@ -177,14 +189,14 @@ class Bench:
         self.lm, self.parts, self.reference, self.level = lm, parts, reference, level
         self.model, self.other = lm.fingerprint(), None if reference is None else reference.fingerprint()
         self.validation = [lm.encode(fact) for fact in parts.validation]
-        self._levels: dict[int, tuple[float, float]] = {}
+        self._levels: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._here: Resumed | None = None
         self._captured: dict[tuple[int, MemoryConfig], EditMemory] = {}
 
     @cached_property
     def kept_before(self) -> np.ndarray:
         """Log-probabilities of the validation rows on the unedited model, nats, [rows]."""
-        return np.array([score.logprob for score in elbo(self.lm, self.validation, BANK)])
+        return logprobs(self.lm, self.validation)
 
     def at(self, layer: int) -> Resumed:
         """The model from `layer` on; what was kept of another layer is dropped."""
@@ -193,20 +205,21 @@ class Bench:
             self._here = Resumed(self.lm, layer, self.model)
         return self._here
 
-    def level_of(self, fold: int) -> tuple[float, float]:
-        """What the facts of a fold are to reach and where they are on the unedited model, nats a row.
+    def level_of(self, fold: int) -> tuple[np.ndarray, np.ndarray]:
+        """What the facts of a fold are to reach and where they are on the unedited model, nats, [facts] each.
 
         Raises:
             NothingToForgetError: they are already at or below the level.
         """
         if fold not in self._levels:
             facts = self.parts.folds[fold]
-            before = mean_logprob(self.lm, [self.lm.encode(fact) for fact in facts], BANK)
-            level = target_level(self.lm, facts, self.reference, self.level, BANK)
-            if before <= level:
+            before = logprobs(self.lm, [self.lm.encode(fact) for fact in facts])
+            level = target_levels(self.lm, facts, self.reference, self.level, BANK)
+            if before.mean() <= level.mean():
                 raise NothingToForgetError(
-                    f"nothing to forget: the facts of fold {fold + 1} ({facts[0].id!r} ...) are at {before:.2f} nats a row, "
-                    f"already at or below the level {level:.2f}; choose facts that the model knows, or another level"
+                    f"nothing to forget: the facts of fold {fold + 1} ({facts[0].id!r} ...) are at {before.mean():.2f} nats "
+                    f"a row, already at or below the level {level.mean():.2f}; choose facts that the model knows, or another "
+                    "level"
                 )
             self._levels[fold] = level, before
         return self._levels[fold]
@@ -215,7 +228,7 @@ class Bench:
         """The edit of a fold's facts; captured once for all settings that only solve or read the captures differently."""
         self.at(setting.layer)
         config = setting.config
-        read = fold, replace(config, ridge=1.0, q=1.0, beta=1.0, mu=float(config.mu > 0))
+        read = fold, replace(config, ridge=1.0, q=1.0, beta=1.0, balance=0.0, mu=float(config.mu > 0))
         if read not in self._captured:
             retain = self.parts.fit if config.needs_retain else ()
             site = Site(setting.layer)
@@ -235,7 +248,7 @@ class Bench:
         Raises:
             NothingToForgetError: the model is already at or below the level.
         """
-        here, (level, before) = self.at(setting.layer), self.level_of(fold)
+        here, level, before = self.at(setting.layer), *(float(part.mean()) for part in self.level_of(fold))
         rows = [self.lm.encode(fact) for fact in self.parts.folds[fold]]
         found: dict[str, Any] = {"alpha": None, "note": "", "level": level, "before": before, "points": []}
         try:
@@ -247,15 +260,16 @@ class Bench:
             found["alpha"] = edit.alpha
         except RemaskError as error:
             found["note"] = str(error)
-        return found | {"points": [self._point(edit, rows, factor) for factor in LADDER]}
+        return found | {"points": [self._point(edit, fold, rows, factor) for factor in LADDER]}
 
-    def _point(self, edit: EditMemory | SteeringVector, rows: Sequence[Encoded], factor: float) -> dict[str, Any]:
+    def _point(self, edit: EditMemory | SteeringVector, fold: int, rows: Sequence[Encoded], factor: float) -> dict[str, Any]:
         here = self.at(edit.site.layer)
         with edit.with_alpha(edit.alpha * factor).attached(here):
-            forget = mean_logprob(here, rows, BANK)
-            kept = np.array([score.logprob for score in elbo(here, self.validation, BANK)]) - self.kept_before
+            forget = logprobs(here, rows)
+            kept = logprobs(here, self.validation) - self.kept_before
         stderr = float(kept.std(ddof=1) / math.sqrt(len(kept))) if len(kept) > 1 else None
-        point = {"factor": factor, "alpha": edit.alpha * factor, "forget": forget}
+        point = {"factor": factor, "alpha": edit.alpha * factor, "forget": float(forget.mean())}
+        point["closed"] = closed(forget, *self.level_of(fold))
         return point | {"retain_change": float(kept.mean()), "retain_stderr": stderr}
 
     def name(self, setting: Setting, fold: int) -> str:

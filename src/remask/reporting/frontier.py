@@ -16,6 +16,7 @@ from .numbers import number
 
 MARKS = {
     "default": ("o", "#7f9fc0", "default"),
+    "ridge": ("D", "#9aa27c", "ridge"),
     "softmax": ("s", "#83b08b", "softmax"),
     "paper": ("^", "#b79ac8", "paper"),
     "mean-delta": ("x", "#e08e0b", "mean-delta (control)"),

@@ -27,11 +27,13 @@ from ..backbones.adapt import opened_mask
 from ..backbones.model import MaskedDiffusionLM
 from ..errors import RemaskError
 from ..random import digest, numpy_generator
+from .lora import Attached, add_adapters
 from .trainer import fast_bfloat16, load_checkpoint, save_checkpoint, schedule
+from .training.processes import start_processes
+from .training.rows import epoch_order
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from peft import PeftModel
 
 RATES = (0.15, 0.3, 0.5)  # shares of held-out tokens that are hidden
 EVALUATION_BATCH = 8  # sequences a forward
@@ -94,34 +96,21 @@ def train_adapted(
         )
     if lm.attached:
         raise RemaskError(f"{lm.name} has {lm.attached[0].kind} attached; detach it before adapting")
-    accelerator = _accelerator(config)
+    accelerator = start_processes("adapting", config.batch_size)
     identity = {"config": config.model_dump_json(), "data": digest(rows.tobytes(), held_out.tobytes(), lm.fingerprint())}
     with _trainable(lm, config):
         return _train(lm, rows, held_out, config, accelerator, checkpoint, identity, resume)
 
 
-def add_lora(lm: MaskedDiffusionLM, rank: int, seed: int) -> PeftModel:
-    """Put trainable low-rank adapters on every linear layer, and make the mask's embedding trainable; the rest is frozen.
+def add_lora(lm: MaskedDiffusionLM, rank: int, seed: int) -> Attached:
+    """Put trainable low-rank adapters on the blocks, and make the mask's embedding trainable; the rest is frozen.
 
     `merge_and_unload()` of the result folds them into the weights of `lm.model`.
 
     Raises:
-        RemaskError: peft is not installed.
+        RemaskError: as `add_adapters`.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise RemaskError("LoRA needs peft; install remask[train]") from None
-    lora = LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        fan_in_fan_out=lm.model.config.model_type == "gpt2",
-        trainable_token_indices=[lm.spec.mask_id],
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return get_peft_model(lm.model, lora)
+    return add_adapters(lm, rank, seed, tokens=[lm.spec.mask_id])
 
 
 @contextlib.contextmanager
@@ -134,26 +123,20 @@ def adapters(lm: MaskedDiffusionLM, rank: int, seed: int) -> Iterator[None]:
     Raises:
         RemaskError: peft not installed, or adapters on the model already.
     """
-    if any(hasattr(module, "base_layer") for module in lm.model.modules()):
-        raise RemaskError(f"{lm.name} has adapters already; merge them first")
-    peft = add_lora(lm, rank, seed)
+    attached = add_lora(lm, rank, seed)
     wrapped = [
         (module, module.base_layer)
         for module in lm.model.modules()
         if isinstance(getattr(module, "base_layer", None), nn.Module)
     ]
     try:
-        for wrapper, layer in wrapped:
+        for wrapper, layer in reversed(wrapped):  # the innermost first: adapters of experts sit in one another
             _swap_hooks(wrapper, layer)
         yield
     finally:
         for wrapper, layer in wrapped:
             _swap_hooks(wrapper, layer)
-        peft.unload()
-        # What peft leaves on the model would make a second round believe that adapters are there.
-        if hasattr(lm.model, "peft_config"):
-            del lm.model.peft_config
-        lm.model.requires_grad_(False)
+        attached.unload()
 
 
 def _swap_hooks(one: nn.Module, other: nn.Module) -> None:
@@ -340,10 +323,7 @@ def _step(
 def _batch(rows: np.ndarray, config: AdaptConfig, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Sequences [B, L] of a step and their hidden positions, bool [B, L]; the first position stays: nothing emits it."""
     size, length, total = config.batch_size, config.length, len(rows)
-    first = step * size
-    epochs = range(first // total, (first + size - 1) // total + 1)
-    order = np.concatenate([numpy_generator(config.seed, "order", epoch).permutation(total) for epoch in epochs])
-    clean = rows[order[first - epochs[0] * total :][:size]]
+    clean = rows[epoch_order(total, step * size, size, config.seed, "order")]
     rng = numpy_generator(config.seed, "noise", step)
     levels = rng.permutation(np.arange(size) + rng.random()) / size
     counts = 1 + (levels * (length - 1)).astype(int)
@@ -351,33 +331,17 @@ def _batch(rows: np.ndarray, config: AdaptConfig, step: int) -> tuple[np.ndarray
     return clean, np.pad(ranks < counts[:, None], ((0, 0), (1, 0)))
 
 
-def _accelerator(config: AdaptConfig) -> Accelerator:
-    try:
-        from accelerate import Accelerator, DistributedType
-    except ImportError:
-        raise RemaskError("adapting needs accelerate; install remask[train]") from None
-    # Autocast is in the loss. Without `cpu` several processes on a machine without accelerators would each run alone.
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise RemaskError(
-            f"adapting runs data-parallel, not under {accelerator.distributed_type.value}; change the launch config"
-        )
-    if config.batch_size % accelerator.num_processes:
-        raise RemaskError(f"batch_size {config.batch_size} must be a multiple of the {accelerator.num_processes} processes")
-    return accelerator
-
-
 @contextlib.contextmanager
 def _trainable(lm: MaskedDiffusionLM, config: AdaptConfig) -> Iterator[None]:
     """Weights, or adapters that are merged at the end, require gradients inside the block."""
-    peft = add_lora(lm, config.lora, config.seed) if config.lora else None
-    if peft is None:
+    attached = add_lora(lm, config.lora, config.seed) if config.lora else None
+    if attached is None:
         lm.model.requires_grad_(True)
     try:
         yield
     finally:
-        if peft is not None:
-            peft.merge_and_unload()
+        if attached is not None:
+            attached.merge_and_unload()
         lm.model.requires_grad_(False)
 
 
