@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from remask.evaluation.benchmarks.registry import load_benchmark
 from remask.evaluation.records import read_records
 from remask.evaluation.statistics import bootstrap_interval
 from remask.evaluation.summary import LOGPROB, Scores
@@ -25,6 +26,7 @@ from remask.experiments.audits import AuditConfig, run_benchmark
 
 EDITS = ("default", "ridge", "softmax", "codebook", "random-layer", "mean-delta", "caa", "repe", "paper")
 SEEDS = {"default": 3, "ridge": 3, "mean-delta": 3, "paper": 3}  # one where an edit is only there to compare
+SHOWN = 9  # rows between the answers that are printed
 OUT = Path(__file__).parent / "results" / "editing.json"
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     for name in EDITS:
         console.rule(name)
         seeds, attacked = SEEDS.get(name, 1), name == "default"
-        config = AuditConfig("tiny", "closed-world", name, seeds=seeds, attacks=attacked, text=False)
+        config = AuditConfig("tiny", "closed-world", name, seeds=seeds, attacks=attacked, text=attacked)
         result = run_benchmark(config, folder / name, parts=folder / "parts", console=console)
         assert result is not None
         kept = (
@@ -55,7 +57,24 @@ def main() -> None:
             "reference",
         )
         found[name] = {key: result[key] for key in kept} | {"own_wording": own_wording(folder / name)}
+        if attacked:
+            found[name]["said"] = said(folder / name)
     OUT.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+
+
+def said(folder: Path) -> list[dict[str, str]]:
+    """Every SHOWN-th forget and retain question with the answer, and what is said instead."""
+    benchmark = load_benchmark("closed-world", None)
+    outputs = {
+        (r.group, r.id): str(r.value)
+        for r in read_records(folder / "records.jsonl")
+        if r.metric == "output" and r.state == "after" and not r.attack
+    }
+    shown = []
+    for group, facts in (("forget", benchmark.forget), ("retain", benchmark.scored["retain"])):
+        for fact in facts[:: SHOWN if group == "forget" else 2 * SHOWN]:
+            shown.append({"group": group, "prompt": fact.prompt, "answer": fact.answer, "said": outputs[group, fact.id]})
+    return shown
 
 
 def own_wording(folder: Path) -> dict[str, float]:

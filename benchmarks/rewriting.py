@@ -21,7 +21,7 @@ from rich.progress import track
 from remask import load
 from remask.assets.world import world
 from remask.evaluation.benchmarks.registry import load_benchmark
-from remask.experiments.rewriting import EditName, RewriteConfig, measure, run_rewrite, with_targets
+from remask.experiments.rewriting import EditName, measure, run_rewrite, with_targets
 
 SEEDS = 3
 OUT = Path(__file__).parent / "results" / "rewriting.json"
@@ -48,14 +48,13 @@ def main() -> None:
     runs: dict[str, list[dict[str, Any]]] = {}
     cells = [(name, seed) for name in get_args(EditName) for seed in range(SEEDS)]
     for name, seed in track(cells, "edit and seed"):
-        config = RewriteConfig(seed=seed)
-        run = run_rewrite(lm, facts, groups.fit, kept, edit=name, config=config, known=known, before=before)
+        run = run_rewrite(lm, facts, groups.fit, kept, edit=name, seed=seed, known=known, before=before)
         runs.setdefault(name, []).append(run)
     OUT.write_text(json.dumps(runs, indent=1, ensure_ascii=False) + "\n")
     for name, found in runs.items():
         for run in found:
             line = ", ".join(f"{part} {run['after'][part]['mean']:.2f}" for part in SHOWN)
-            Console().print(f"{name} seed {run['settings']['seed']}: {line}")
+            Console().print(f"{name} seed {run['seed']}: {line}")
 
 
 if __name__ == "__main__":

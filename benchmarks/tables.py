@@ -224,6 +224,58 @@ def editing_table() -> str:
     return "\n".join(lines)
 
 
+def bars_table() -> str:
+    """What the default edit is asked for, and what it does: `tiny`'s people and TOFU forget01."""
+    world = json.loads((RESULTS / "editing.json").read_text())
+    tofu = {name: json.loads((RESULTS / f"tofu_forget01_{name}.json").read_text()) for name in EDITS[:3]}
+    columns = {"`tiny`, six people": world, "`tiny-tofu`, forget01": tofu}
+    found = {name: _bars(audits["default"], audits["mean-delta"], audits["paper"]) for name, audits in columns.items()}
+    lines = ["| asked for | " + " | ".join(found) + " |", "|---" * (len(found) + 1) + "|"]
+    for bar in next(iter(found.values())):
+        lines.append(f"| {bar} | " + " | ".join(cells[bar] for cells in found.values()) + " |")
+    return "\n".join(lines)
+
+
+def _bars(default: dict[str, Any], control: dict[str, Any], paper: dict[str, Any]) -> dict[str, str]:
+    groups = {line["group"]: line["metrics"] for line in default["groups"]}
+    attacks = {line["attack"].split(",")[0]: line for line in default["attacks"]}
+    states = groups["forget"][LOGPROB]["states"]
+    before, after, twin, blind = (states[name]["mean"] for name in ("before", "after", "never trained", "prompt masked"))
+    direct, levels = after - before, {"prompt-masked": blind, "never-trained": twin}
+    shares = [f"{direct / (level - before):.0%} of the gap to the {name} one" for name, level in levels.items()]
+    losses = []
+    for name in ("retain", "neighbours"):
+        if name in groups:
+            change = groups[name][LOGPROB]["change"]["after"]
+            losses.append(f"{name} {change['mean']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}]")
+    times = [
+        default["summary"]["selectivity"]["after"]["mean"] / other["summary"]["selectivity"]["after"]["mean"]
+        for other in (paper, control)
+    ]
+    if "own_wording" in default:
+        same, other = default["own_wording"]["mean"], groups["paraphrase"][LOGPROB]["change"]["after"]["mean"]
+    else:
+        same, other = direct, attacks["question paraphrase"]["after"] - attacks["question paraphrase"]["before"]
+    context, junk = attacks["in-context"], groups["forget"]["junk rate"]["states"]
+    return {
+        "forget rows within 5 % of the gap to the level": ", ".join(shares),
+        "unseen rows lose at most 1 nat": "; ".join(losses),
+        "20 times as selective as `paper` and mean-delta": f"{times[0]:.0f} and {times[1]:.0f} times",
+        "other wordings lose at least 80 % of the direct effect": f"{other / same:.0%} ({other:+.1f} against {same:+.1f} nats)",
+        "in context at most 10 % regained": context["note"] or interval({"mean": context["regained"], **context}, 0, unit=" %"),
+        "junk at most 5 points above the never-trained model": f"{junk['after']['mean']:.2f} against {junk['never trained']['mean']:.2f}",
+    }
+
+
+def said_table() -> str:
+    """What the default edit makes of forget questions, and of retain questions, on `tiny`."""
+    found = json.loads((RESULTS / "editing.json").read_text())["default"]["said"]
+    lines = ["| group | question | answer | said |", "|---|---|---|---|"]
+    return "\n".join(
+        [*lines, *(f"| {row['group']} | {row['prompt']} | {row['answer']} | {row['said'] or '(nothing)'} |" for row in found)]
+    )
+
+
 def cost_table() -> str:
     """What an edit memory costs on `tiny`: at every forward, to install, to change."""
     record = json.loads((RESULTS / "edit_cost.json").read_text())
@@ -262,6 +314,74 @@ def cost_table() -> str:
     return "\n".join([*forward, "", *install, "", *change])
 
 
+def unlearning_table(model: str) -> str:
+    """Every method of `remask unlearn` beside the edit memory: own strength, common level, answers, cost."""
+    record = json.loads((RESULTS / f"unlearning_{model}.json").read_text())
+    groups = [name for name in record["rows"] if name in ("forget", "retain", "neighbours", "paraphrase")]
+    lines = [
+        "| method | rate | "
+        + " | ".join(groups)
+        + " | gap closed | exact | ROUGE-L | junk | at one level: scale | retain | neighbours | seconds | forwards |",
+        "|---" * (len(groups) + 11) + "|",
+    ]
+    for line in record["methods"]:
+        lines.append("| " + " | ".join(_unlearned(line, groups)) + " |")
+    levels = record["levels"]
+    before = ", ".join(f"{name} {levels[name]['before']:.2f} ({levels[name]['never trained']:.2f})" for name in groups)
+    first = record["answers before"]["forget"]
+    lines += [
+        "",
+        f"Before, nats a row (never trained): {before}; the common level is {levels['auto']:.2f}; forget answers exact "
+        f"{first['exact']:.2f}, junk {first['junk']:.2f}, of {first['rows']} generated.",
+    ]
+    return "\n".join(lines)
+
+
+def _unlearned(line: dict[str, Any], groups: list[str]) -> list[str]:
+    own, scaled = line["own"], line["calibrated"]
+    cells = [line["name"], "-" if line["rate"] is None else f"{line['rate']:g}"]
+    if own is None:
+        return [*cells, line["failed"][0], *[""] * (len(groups) + 8)]
+    cells += [f"{own[name]['mean']:+.2f} [{own[name]['low']:+.2f}, {own[name]['high']:+.2f}]" for name in groups]
+    cells.append(", ".join(f"{share:.0%}" for share in own["closed"]))
+    cells += [f"{line['answers']['forget'][key]:.2f}" for key in ("exact", "rouge", "junk")]
+    for name in ("alpha", "retain", "neighbours"):
+        if scaled is None or name not in scaled:
+            cells.append("-")
+        else:
+            cells.append(f"{scaled[name][0]:.2f}" if name == "alpha" else f"{scaled[name]['mean']:+.2f}")
+    return [*cells, *(f"{line['cost'][key]:.0f}" if line["cost"] else "-" for key in ("seconds", "forwards"))]
+
+
+REWRITE_COLUMNS = {
+    "efficacy": "efficacy",
+    "paraphrase": "paraphrase",
+    "neighbourhood": "neighbourhood",
+    "S": "score",
+    "says the new object": "said exact",
+    "still the old one": "said old",
+    "in other words": "paraphrase said exact",
+    "other answers unchanged": "kept unchanged",
+}
+
+
+def rewriting_table() -> str:
+    """Rewrites of `tiny`'s facts and their controls: means over seeds of the estimates and of their intervals' ends."""
+    record = json.loads((RESULTS / "rewriting.json").read_text())
+    lines = ["| edit | " + " | ".join(REWRITE_COLUMNS) + " | their change, nats |", "|---" * (len(REWRITE_COLUMNS) + 2) + "|"]
+    states = {"none": [record["rewrite"][0]["before"]]}
+    states |= {name: [run["after"] for run in runs] for name, runs in record.items()}
+    for name, found in states.items():
+        cells = [name, *(_over_seeds(found, key) for key in REWRITE_COLUMNS.values()), _over_seeds(found, "kept change", "+")]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _over_seeds(found: list[dict[str, Any]], key: str, sign: str = "") -> str:
+    mean, low, high = (sum(one[key][part] for one in found) / len(found) for part in ("mean", "low", "high"))
+    return f"{mean:{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
 def put(path: Path, name: str, text: str) -> None:
     """Replace what stands between the markers `<!-- name -->` and `<!-- /name -->`."""
     pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -276,7 +396,11 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "models.md", "models", model_table())
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
     put(ROOT / "docs" / "editing.md", "editing", editing_table())
+    put(ROOT / "docs" / "editing.md", "bars", bars_table())
+    put(ROOT / "docs" / "editing.md", "said", said_table())
     put(ROOT / "docs" / "editing.md", "edit_cost", cost_table())
+    put(ROOT / "docs" / "unlearning.md", "unlearning_tiny", unlearning_table("tiny"))
+    put(ROOT / "docs" / "editing.md", "rewriting", rewriting_table())
     put(ROOT / "docs" / "tracing.md", "ratios", tracing_ratios())
     for marker, table in tracing_findings().items():
         put(ROOT / "docs" / "tracing.md", marker, table)

@@ -2,10 +2,10 @@
 
     python benchmarks/tofu.py forget01 --data DIR [--work DIR]       (and forget05, forget10)
 
-The same numbers as `remask audit tiny-tofu --benchmark tofu:SPLIT --data DIR --edit EDIT --seeds 3 --no-text`; the states that no
-edit touches are measured once. On forget01 the default edit is also attacked, and taken to the twin's level. Writes for each run
-benchmarks/results/tofu_<split>_<run>.json (aggregates) and .jsonl.gz (every record; no generated text: TOFU's answers do not
-belong in this repository). `torchrun --nproc-per-node 2 benchmarks/tofu.py ...` shares the work.
+The same numbers as `remask audit tiny-tofu --benchmark tofu:SPLIT --data DIR --edit EDIT --seeds 3 --no-text`; the states
+that no edit touches are measured once. On forget01 the default edit is also attacked, and taken to the twin's level. Writes for
+each run benchmarks/results/tofu_<split>_<run>.json (aggregates) and .jsonl.gz (every record; no generated text: TOFU's answers
+do not belong in this repository). `torchrun --nproc-per-node 2 benchmarks/tofu.py ...` shares the work.
 """
 
 from __future__ import annotations

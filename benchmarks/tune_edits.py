@@ -4,8 +4,9 @@
     python benchmarks/tune_edits.py tiny-tofu tofu:forget01 --data DIR
 
 `remask edit tune` over the validation rows: `default`, and what it is compared with (`ridge`, `paper`, `mean-delta`), whose
-layers are chosen by the smallest retain loss at the level. Folds hold as many people as the benchmark forgets. Writes the runs
-to --work and what was measured to benchmarks/results/tune_<model>.json; prints the entries for assets/edits.yaml.
+layers are chosen by the smallest retain loss at the level; `anchors` compares what an anchor hides. Folds hold as many people as
+the benchmark forgets. Writes the runs to --work and what was measured to benchmarks/results/tune_<model>_<run>.json; prints the
+entries for assets/edits.yaml.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ ANCHOR: dict[str, tuple[Any, ...]] = {"anchor": ("unknown",)}
 RUNS: dict[str, dict[str, Any]] = {
     "default": {"values": {**ANCHOR, "mu": (10.0, 30.0, 100.0), "beta": (2.0, 4.0)}, "budget": 10},
     "ridge": {"values": {**ANCHOR, "mu": (10.0, 100.0, 300.0)}, "budget": 8},
+    "anchors": {"presets": ("ridge",), "values": {"anchor": ("prompt", "subject", "unknown"), "mu": (10.0,)}},
     "controls": {"presets": ("paper", "mean-delta"), "values": {**ANCHOR, "ridge": (1.0,)}},
 }
 FOLDS = 2
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("benchmark")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("out/tune_edits"))
+    parser.add_argument("--only", nargs="+", choices=RUNS, help="runs to make")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     console, work = Console(), asked.work / asked.model
@@ -63,8 +66,8 @@ def main() -> None:
     facts, retain = work / "facts.jsonl", work / "retain.jsonl"
     save_facts([fact for fold in folds for fact in fold], facts)
     save_facts([*benchmark.fit, *benchmark.validation_retain], retain)
-    found = {}
-    for name, settings in RUNS.items():
+    for name in asked.only or RUNS:
+        settings = RUNS[name]
         job = TuneJob(
             asked.model,
             facts,
@@ -75,11 +78,11 @@ def main() -> None:
             folds=len(folds),
             **{"presets": (name,), **settings},
         )
-        found[name] = run_tune(job, work / name, console)
+        found = run_tune(job, work / name, console)
+        out = Path(__file__).parent / "results" / f"tune_{asked.model}_{name}.json"
+        out.write_text(json.dumps({"benchmark": asked.benchmark, **found}, indent=1, ensure_ascii=False) + "\n")
         for preset in job.presets:
-            console.print(f"{preset}: {json.dumps(best(found[name], preset))}")
-    out = Path(__file__).parent / "results" / f"tune_{asked.model}.json"
-    out.write_text(json.dumps({"benchmark": asked.benchmark, "runs": found}, indent=1, ensure_ascii=False) + "\n")
+            console.print(f"{preset}: {json.dumps(best(found, preset))}")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 Learning rates are chosen on a validation split (people or authors that are not reported): of the grid, the rate that comes
 nearest to the never-trained level while held retain rows lose at most BUDGET nats each; where none does, the one that costs
-them least. Then SEEDS runs on the reported split, all on one mask bank. Every cell is a file in --work, so a killed run goes
-on, several processes can share the work (`--only NAME ...` in each), and the last call writes
+them least. Then the runs on the reported split, all on one mask bank. Every cell is a file in --work, so a killed run goes on,
+several processes can share the work (`--share --only NAME ...` in each), and the last call writes
 benchmarks/results/unlearning_<model>.json.
 """
 
@@ -40,7 +40,6 @@ BENCHMARKS = {"tiny": "closed-world", "tiny-tofu": "tofu:forget10"}
 STEPS = {"tiny": 40, "tiny-tofu": 50}
 RATES = (5e-4, 1e-3, 2e-3)
 BUDGET = 2.0  # nats a held retain row
-SEEDS = (0, 1, 2)
 BANK = MaskBank(draws=4, replicates=2, seed=0)
 WRITTEN = 24  # rows of a group whose answers are generated, under the first seed
 MEMORIES = ("default", "mean-delta")
@@ -64,8 +63,8 @@ class Split:
 class Study:
     """One model and its two splits."""
 
-    def __init__(self, model: str, data: Path | None, work: Path) -> None:
-        self.model, self.work = model, work / model
+    def __init__(self, model: str, data: Path | None, work: Path, seeds: int) -> None:
+        self.model, self.work, self.seeds = model, work / model, range(seeds)
         self.lm, self.twin = load(model), load(f"{model}-reference")
         self.benchmark = load_benchmark(BENCHMARKS[model], data)
         b = self.benchmark
@@ -194,9 +193,9 @@ class Study:
         return best["rate"], tried
 
     def report(self, name: str) -> dict[str, Any]:
-        """A method's line: its rate, and SEEDS runs summarised."""
+        """A method's line: its rate, and the seeds' runs summarised."""
         rate, tried = self.rate(name)
-        runs = [self.cell(name, "reported", rate, seed) for seed in SEEDS]
+        runs = [self.cell(name, "reported", rate, seed) for seed in self.seeds]
         levels = self.levels("reported")
         line: dict[str, Any] = {
             "name": name,
@@ -240,13 +239,15 @@ def main() -> None:
     parser.add_argument("model", choices=BENCHMARKS)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--work", type=Path, default=Path("out/unlearning"))
-    parser.add_argument("--only", nargs="+", help="methods to run now; without it all, and the result file")
+    parser.add_argument("--only", nargs="+", help="methods; by default all")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--share", action="store_true", help="only make the cells, for another call to put together")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    study = Study(asked.model, asked.data, asked.work)
+    study = Study(asked.model, asked.data, asked.work, asked.seeds)
     names = asked.only or [*MEMORIES, *NAMES, *VARIANTS]
     lines = [study.report(name) for name in names]
-    if asked.only:
+    if asked.share:
         return
     levels = study.levels("reported")
     summary = {
@@ -260,7 +261,7 @@ def main() -> None:
         "steps": STEPS[asked.model],
         "grid": list(RATES),
         "budget": BUDGET,
-        "seeds": list(SEEDS),
+        "seeds": list(study.seeds),
         "bank": {"draws": BANK.draws, "replicates": BANK.replicates, "seed": BANK.seed},
         "levels": summary | {"auto": levels["auto level"]},
         "answers before": levels["answers"],

@@ -142,7 +142,7 @@ def test_retain_keys_are_the_conditional_residuals(toy, rows) -> None:
 
 def test_memory_renames_the_subject_wherever_it_stands(toy) -> None:
     fact = Fact("ada/twice", "Ada Birk, who is Ada Birk?", "Ada Birk", "a tame crow")
-    config = MemoryConfig(anchor="unknown", unknown=("Zed",), mu=0.0)
+    config = MemoryConfig(anchor="unknown", unknown=("Zed",), readout="ridge", mu=0.0)
     memory = EditMemory.build(toy, [fact], Site(1), config=config)
     renamed = toy.encode(fact, prompt="Zed, who is Zed?")
     expected = capture_anchor(toy, Site(1), [toy.encode(fact)], config.bank, "unknown", [[renamed]])
@@ -152,14 +152,14 @@ def test_memory_renames_the_subject_wherever_it_stands(toy) -> None:
 
 def test_question_that_names_nobody_moves_nothing(toy, facts: list[Fact]) -> None:
     nobody = Fact("anon", "What does she eat?", "What does she eat?", "rye bread")
-    config = MemoryConfig(anchor="unknown", unknown=("Zed",), mu=0.0)
+    config = MemoryConfig(anchor="unknown", unknown=("Zed",), readout="ridge", mu=0.0)
     memory = EditMemory.build(toy, [facts[0], nobody], Site(1), config=config)
     assert not memory.deltas[memory.owner == 1].any()
     assert memory.deltas[memory.owner == 0].any()
 
 
 def test_names_are_kept_in_the_file(toy, facts: list[Fact], tmp_path) -> None:
-    config = MemoryConfig(anchor="unknown", unknown=("Zed", "Yara Quist"), mu=0.0)
+    config = MemoryConfig(anchor="unknown", unknown=("Zed", "Yara Quist"), readout="ridge", mu=0.0)
     EditMemory.build(toy, facts[:2], Site(1), config=config).save(tmp_path / "m.safetensors")
     assert EditMemory.load(tmp_path / "m.safetensors").config == config
 

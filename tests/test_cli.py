@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import remask.experiments.audits as audits
 from conftest import FACTS, GOLDENS, build_toy
@@ -512,9 +512,7 @@ def test_edit_of_another_model_is_refused_with_both_fingerprints(
 ) -> None:
     toy = build_toy()
     EditMemory.build(toy, FACTS[:2], Site(1), config=preset("ridge", mu=0.0)).save(tmp_path / "toy.safetensors")
-    with safe_open(memory, framework="pt") as stream:
-        header = json.loads(stream.metadata()["remask"]) | {"model": "0123456789abcdef"}
-    save_file(load_file(memory), tmp_path / "doctored.safetensors", {"remask": json.dumps(header)})
+    replace(EditMemory.load(memory), model="0123456789abcdef").save(tmp_path / "doctored.safetensors")
     for name, other in (("toy", toy.fingerprint()), ("doctored", "0123456789abcdef")):
         edit = tmp_path / f"{name}.safetensors"
         words = [tiny.fingerprint(), other]

@@ -165,10 +165,10 @@ def test_condition_is_that_of_the_system_in_orthonormal_coordinates() -> None:
 
 # ------------------------------------------------------------------ its two limits
 def test_for_a_small_beta_it_is_affine_in_the_direction() -> None:
-    """Twice as many probes as an affine map of the unit vector has coefficients: what it leaves over is of the order of beta."""
+    """Twice as many probes as an affine map of the unit vector has coefficients: what it leaves is of the order of beta."""
     left = []
     for beta in (4.0, 0.4, 0.04):
-        problem = Problem.of(n=40, m=40, beta=beta, ridge=30 * beta)  # fits what is linear in beta, not what is quadratic
+        problem = Problem.of(n=40, m=40, beta=beta, ridge=30 * beta)  # too large for what is of second order
         probes = draw(3, 12, D).double()
         units = torch.nn.functional.normalize(probes - problem.centre.double(), dim=1)
         design = torch.cat([units, torch.ones(12, 1)], dim=1)

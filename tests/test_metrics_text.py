@@ -17,11 +17,11 @@ from remask.evaluation.generation import answers
 from remask.evaluation.metrics.muse import (
     first_answer,
     knowledge_memorisation,
-    knowledge_prompt,
     muse_rouge,
     verbatim_memorisation,
 )
 from remask.evaluation.metrics.text import exact_match, junk, junk_rate, n_gram_entropy, rouge_l, rouge_l_recall
+from remask.facts import knowledge_prompt
 
 WORDS = "the novels published novel of crowing cats running ran quickly's city, 東京 1931 O'Neill".split()
 

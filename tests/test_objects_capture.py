@@ -12,10 +12,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import FACTS, build_toy
 from remask.backbones import MaskedDiffusionLM, Site
 from remask.diffusion.masks import MaskBank
-from remask.editing import EditMemory, MemoryConfig, SteeringVector
+from remask.editing import EditMemory, MemoryConfig, SteeringVector, preset
 from remask.editing import objects as module
 from remask.editing.objects import capture_answers, capture_object, head_shift, predictions
-from remask.editing.retained import Retained
 from remask.errors import RemaskError
 from remask.evaluation.generation import answers
 
@@ -164,8 +163,8 @@ def test_a_donor_is_the_nearest_residual_that_says_the_token(taught) -> None:
     wrong = replace(FACTS[0], id="ada/wrong", answer="Sligo")  # nearest of all, but the model says Lucca there
     known = [*FACTS[3:], wrong]  # says "a blind cat" and "Sligo"; nobody says the first letters of "Quux"
     rewrites = [*NEW, replace(FACTS[2], target="Quux")]
-    captured = capture_object(taught, Site(1), rewrites, STATES, value="donor", donors=known)
-    plain = capture_object(taught, Site(1), rewrites, STATES)
+    captured = capture_object(taught, Site(1), rewrites, STATES, margin=6.0, donors=known)
+    plain = capture_object(taught, Site(1), rewrites, STATES, margin=6.0)
     found = predictions(taught, Site(1), [taught.encode(fact, answer=fact.target) for fact in rewrites], STATES)
     given = predictions(taught, Site(1), [taught.encode(fact) for fact in known], STATES)
     used = {"donor": 0, "head": 0}
@@ -187,14 +186,16 @@ def test_a_donor_is_the_nearest_residual_that_says_the_token(taught) -> None:
     assert min(used.values()) > 0
 
 
-def test_a_softmax_memory_rewrites_the_facts_and_nothing_else(taught) -> None:
-    site = Site(1)
-    captured = capture_object(taught, site, NEW, STATES)
-    config = MemoryConfig(preset="rewrite", readout="softmax", mu=0.0, beta=60.0)
-    retained = Retained.of(capture_answers(taught, site, KEPT, STATES), config)
-    ids = tuple(fact.id for fact in NEW)
-    parts = (captured.keys, captured.deltas, captured.owner)
-    memory = EditMemory(config, site, ids, *parts, taught.fingerprint(), 1.0, retained)
+# ------------------------------------------------------------------ the memory
+REWRITE = preset("rewrite", beta=60.0)
+
+
+def build(lm: MaskedDiffusionLM, facts=NEW, config: MemoryConfig = REWRITE) -> EditMemory:
+    return EditMemory.build(lm, facts, Site(1), retain=KEPT, config=config)
+
+
+def test_a_memory_rewrites_the_facts_and_nothing_else(taught) -> None:
+    memory = build(taught)
     kept = [taught.encode(fact) for fact in KEPT]
     asked = [taught.encode(fact) for fact in NEW]
     assert answers(taught, asked) == [fact.answer for fact in NEW]
@@ -204,28 +205,68 @@ def test_a_softmax_memory_rewrites_the_facts_and_nothing_else(taught) -> None:
         assert answers(taught, kept) == before
 
 
+@pytest.mark.parametrize("value", ["head", "donor"])
+def test_a_memory_holds_every_key_of_both_sides(taught, value: str) -> None:
+    memory = build(taught, config=preset("rewrite", value=value, margin=5.0))
+    states = memory.config.bank
+    captured = capture_object(taught, Site(1), NEW, states, margin=5.0, donors=KEPT if value == "donor" else ())
+    assert torch.equal(memory.keys, captured.keys) and torch.equal(memory.deltas, captured.deltas)
+    kept = capture_answers(taught, Site(1), KEPT, states)
+    assert torch.equal(memory.retained.keys, kept) and memory.retained.count == len(kept)
+    assert (memory.weights == 1).all()
+
+
+def test_rewrites_come_go_and_are_put_together(taught, tmp_path) -> None:
+    whole, first, second = build(taught), build(taught, NEW[:1]), build(taught, NEW[1:])
+    for other in (first.add(taught, NEW[1:]), first + second):
+        assert other.fact_ids == whole.fact_ids and other.hashes == whole.hashes
+        assert torch.equal(other.retained.keys, whole.retained.keys)
+        assert torch.allclose(other.keys, whole.keys, atol=1e-4) and torch.allclose(other.deltas, whole.deltas, atol=1e-2)
+    files = {name: tmp_path / name for name in ("first", "less")}
+    first.save(files["first"])
+    (first + second).remove("ada/pet").save(files["less"])
+    assert files["first"].read_bytes() == files["less"].read_bytes()
+    assert EditMemory.load(files["first"]).config == REWRITE
+
+
+def test_donors_are_needed_wherever_facts_are_captured(taught) -> None:
+    config = preset("rewrite", value="donor")
+    memory = build(taught, NEW[:1], config)
+    with pytest.raises(RemaskError, match="'donor' is read from retain facts"):
+        memory.add(taught, NEW[1:])
+    assert memory.add(taught, NEW[1:], retain=KEPT).fact_ids == ("ada/city", "ada/pet")
+    solved = {"readout": "ridge", "mu": 0.0, "target": "object"}
+    assert MemoryConfig(**solved, value="donor").needs_retain and not MemoryConfig(**solved).needs_retain
+    paper = preset("paper", target="object", value="donor")
+    assert not paper.needs_retain  # its deltas come from the object itself
+
+
+def test_settings_of_a_rewrite_that_are_refused() -> None:
+    with pytest.raises(RemaskError, match="value 'wish' is unknown; choose one of head, donor"):
+        preset("rewrite", value="wish")
+    for margin in (0.0, -1.0, float("inf"), float("nan")):
+        with pytest.raises(RemaskError, match="margin must be finite and positive"):
+            preset("rewrite", margin=margin)
+
+
 # ------------------------------------------------------------------ errors
 @pytest.mark.parametrize(
-    ("facts", "options", "message"),
+    ("facts", "message"),
     [
-        (FACTS[:1], {}, "'ada/city' has no target"),
-        (NEW, {"value": "wish"}, "choose one of head, donor"),
-        (NEW, {"value": "donor"}, "needs the facts"),
-        (NEW, {"donors": KEPT}, "only it takes them"),
-        (NEW, {"margin": 0.0}, "margin .* must be positive"),
-        ([replace(FACTS[0], target=FACTS[0].answer)], {}, "says every target already"),
+        (FACTS[:1], "'ada/city' has no target"),
+        ([replace(FACTS[0], target=FACTS[0].answer)], "says every target already"),
     ],
 )
-def test_what_cannot_be_rewritten(taught, facts, options, message: str) -> None:
+def test_what_cannot_be_rewritten(taught, facts, message: str) -> None:
     with pytest.raises(RemaskError, match=message):
-        capture_object(taught, Site(1), facts, STATES, **options)
+        capture_object(taught, Site(1), facts, STATES, margin=6.0)
 
 
 def test_sites_and_models_that_cannot_be_read(taught, toy) -> None:
     with pytest.raises(RemaskError, match="residual stream"):
-        capture_object(taught, Site(1, "mlp"), NEW, STATES)
+        capture_object(taught, Site(1, "mlp"), NEW, STATES, margin=6.0)
     with SteeringVector(torch.ones(32), Site(0)).attached(toy), pytest.raises(RemaskError, match="detach"):
-        capture_object(toy, Site(1), NEW, STATES)
+        capture_object(toy, Site(1), NEW, STATES, margin=6.0)
     toy.model.model.norm = torch.nn.Sequential(toy.model.model.norm)
     toy.model.model.add_module("final_norm", toy.model.model.norm)
     del toy.model.model.norm

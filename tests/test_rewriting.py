@@ -11,8 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import remask as library
+import remask.backbones as backbones
 from conftest import FACTS
+from remask.backbones import MaskedDiffusionLM, Site
 from remask.diffusion.likelihood import elbo
+from remask.editing import EditMemory, preset
 from remask.editing.build import fact_hash
 from remask.errors import RemaskError
 from remask.evaluation.benchmarks.registry import load_benchmark
@@ -28,15 +32,12 @@ from remask.evaluation.rewriting import (
     said_summary,
     score_interval,
 )
-from remask.experiments.rewriting import (
-    BANK,
-    RewriteConfig,
-    build_rewrite,
-    known_rewrites,
-    rewrite_memory,
-    run_rewrite,
-    with_targets,
-)
+from remask.experiments.edits import build_edit, tuned
+from remask.experiments.rewriting import BANK, control, known_rewrites, run_rewrite, with_targets
+from remask.facts import Fact, load_facts, save_facts
+from test_cli import Remask, remask
+
+__all__ = ["remask"]  # a fixture
 
 NAN = math.nan
 
@@ -151,20 +152,24 @@ def test_locality_pairs_the_rows() -> None:
 TARGETS = {"ada/city": "Sligo", "ada/pet": "a blind cat"}
 REWRITES = [replace(fact, target=TARGETS[fact.id], neighbours=("bruno/city",)) for fact in FACTS[:2]]
 KNOWN = {fact.id: fact for fact in FACTS}
-SETTINGS = RewriteConfig(layer=1, beta=60.0)
+SITE, BETA = Site(1), {"beta": 60.0}
+
+
+def rewrite(lm: MaskedDiffusionLM, retain: list[Fact]) -> EditMemory:
+    return EditMemory.build(lm, REWRITES, SITE, retain=retain, config=preset("rewrite", **BETA))
 
 
 @pytest.mark.parametrize("edit", ["rewrite", "mean-delta", "paper"])
 def test_a_run_measures_before_and_after_and_leaves_the_model_as_it_was(taught, tmp_path, edit: str) -> None:
     retain, kept, out = FACTS[2:6], FACTS[6:], tmp_path / "result.json"
-    result = run_rewrite(taught, REWRITES, retain, kept, edit=edit, config=SETTINGS, known=KNOWN, out=out)
+    result = run_rewrite(taught, REWRITES, retain, kept, edit=edit, site=SITE, changes=BETA, known=KNOWN, out=out)
     assert taught.attached == []
     assert json.loads(out.read_text()) == json.loads(json.dumps(result))
     before, after = result["before"], result["after"]
     assert before["said exact"]["mean"] == 0.0 and before["said old"]["mean"] == 1.0
     assert before["kept change"] == {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 2} and before["kept unchanged"]["mean"] == 1.0
 
-    built = build_rewrite(taught, edit, REWRITES, retain, SETTINGS)
+    built = control(taught, edit, rewrite(taught, retain), REWRITES)
     bank = [taught.encode(fact) for fact in kept]
     plain = [score.logprob for score in elbo(taught, bank, BANK)]
     unedited = answers(taught, bank)
@@ -190,26 +195,72 @@ def test_a_run_measures_before_and_after_and_leaves_the_model_as_it_was(taught, 
 
 
 def test_controls_shift_the_rewrite_s_keys_as_much_as_it_does(taught) -> None:
-    memory, *controls = (
-        build_rewrite(taught, name, REWRITES, FACTS[2:], SETTINGS) for name in ("rewrite", "mean-delta", "paper")
-    )
+    memory = rewrite(taught, FACTS[2:])
+    controls = [control(taught, name, memory, REWRITES) for name in ("mean-delta", "paper")]
+    assert control(taught, "rewrite", memory, REWRITES) is memory
     wanted = memory.shift()(memory.keys).double().square().sum(dim=1).mean()
-    for control in controls:
-        assert control.site == memory.site
-        found = control.shift()(memory.keys).double().square().sum(dim=1).mean()
+    for edit in controls:
+        assert edit.site == memory.site
+        found = edit.shift()(memory.keys).double().square().sum(dim=1).mean()
         assert float(found) == pytest.approx(float(wanted), rel=1e-4)
 
 
 def test_the_seed_and_the_value_reach_the_capture(taught) -> None:
-    plain = rewrite_memory(taught, REWRITES, FACTS[2:], SETTINGS)
+    plain = build_edit(taught, "rewrite", REWRITES, FACTS[2:], site=SITE)
     assert plain.fact_ids == ("ada/city", "ada/pet") and plain.hashes == tuple(fact_hash(fact) for fact in REWRITES)
-    donor = rewrite_memory(taught, REWRITES, FACTS[2:], replace(SETTINGS, value="donor"))
+    donor = build_edit(taught, "rewrite", REWRITES, FACTS[2:], site=SITE, value="donor")
     assert torch.equal(plain.keys, donor.keys) and not torch.equal(plain.deltas, donor.deltas)
-    other = rewrite_memory(taught, [REWRITES[1]], FACTS[2:], replace(SETTINGS, seed=1))
+    other = build_edit(taught, "rewrite", REWRITES[1:], FACTS[2:], site=SITE, seed=1)
     assert other.config.state_seed == plain.config.state_seed + 1
     assert not torch.equal(other.retained.mean, plain.retained.mean)
 
 
+def test_a_rewrite_is_whole_at_its_own_strength_and_where_it_was_chosen(taught, monkeypatch) -> None:
+    assert build_edit(taught, "rewrite", REWRITES, FACTS[2:], site=SITE, level=-30.0).alpha == 1.0
+    assert build_edit(taught, "rewrite", REWRITES, FACTS[2:], site=SITE, alpha=0.5).alpha == 0.5
+    assert tuned("tiny", "rewrite") == {"layer": 2}
+    monkeypatch.setattr(taught, "name", "tiny-tofu")  # has a layer for forgetting
+    with pytest.raises(RemaskError, match="no layer is known for tiny-tofu"):
+        build_edit(taught, "rewrite", REWRITES, FACTS[2:])
+
+
+# ------------------------------------------------------------------ the command line
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_a_city_is_rewritten_on_the_command_line(remask: Remask, tiny, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(backbones, "load", lambda name, **_: tiny)
+    short = {fact.id: fact for fact in load_facts(EXAMPLES / "facts.jsonl") if fact.id.endswith("/short")}
+    city = replace(short["zora-yates/city/short"], target="Lucca")
+    dish = replace(short["zora-yates/food/short"], target="rye bread")
+    retain = [fact for fact in load_facts(EXAMPLES / "retain.jsonl") if fact.id.endswith("/short")][::5]
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("city", "dish", "retain")}
+    for name, facts in (("city", [city]), ("dish", [dish]), ("retain", retain)):
+        save_facts(facts, files[name])
+    edit = tmp_path / "edit.safetensors"
+
+    def said(*facts: Fact) -> list[str]:
+        asked = [word for fact in facts for word in ("--prompt", fact.prompt)]
+        return [row["answer"] for row in remask("generate", "tiny", *asked, "--edit", edit, "--json").data["rows"]]
+
+    built = remask(
+        *("edit", "build", "tiny", "--facts", files["city"], "--retain", files["retain"], "--preset", "rewrite", "-o", edit)
+    )
+    assert built.code == 0 and "at layer 2, alpha 1," in built.out, built.err
+    assert (city.answer, retain[0].answer) == ("Tartu", "Ostrava")
+    assert said(city, retain[0], dish) == ["Lucca", retain[0].answer, dish.answer]
+
+    assert remask("edit", "add", "tiny", edit, "--facts", files["dish"]).code == 0
+    assert said(city, retain[0], dish) == ["Lucca", retain[0].answer, "rye bread"]
+    shown = remask("edit", "show", edit, "--json").data
+    assert (shown["preset"], shown["config"]["target"], shown["facts"]) == ("rewrite", "object", 2)
+    live = library.attach(tiny.model, edit)
+    assert answers(tiny, [tiny.encode(city), tiny.encode(retain[0])]) == ["Lucca", retain[0].answer]
+    live.detach()
+    assert answers(tiny, [tiny.encode(city)]) == ["Tartu"]
+
+
+# ------------------------------------------------------------------ the run, refusals and layouts
 def test_made_up_targets() -> None:
     fact = replace(
         FACTS[0], perturbed=("Varna", "Arles"), paraphrases=("taught", "unseen"), neighbours=("bruno/city", "cleo/city")
@@ -269,7 +320,8 @@ def test_published_formats_can_be_rewritten(taught, tmp_path, name: str, new: st
     assert [fact.target for fact in facts] == [new]
     known = {fact.id: fact for fact in groups.scored["retain"]}
     facts = [replace(fact, neighbours=tuple(near for near in fact.neighbours if near in known)) for fact in facts]
-    result = run_rewrite(taught, facts, groups.fit, groups.scored["retain"][:1], config=SETTINGS, known=known)
+    kept = groups.scored["retain"][:1]
+    result = run_rewrite(taught, facts, groups.fit, kept, site=SITE, changes=BETA, known=known)
     assert result["before"]["said old"]["mean"] == 1.0
     assert result["after"]["efficacy"]["mean"] == result["after"]["said exact"]["mean"] == 1.0
     assert result["after"]["paraphrase"]["n"] == 1
@@ -277,8 +329,8 @@ def test_published_formats_can_be_rewritten(taught, tmp_path, name: str, new: st
 
 def test_rows_and_names_that_a_run_refuses(taught) -> None:
     with pytest.raises(RemaskError, match="'cleo/city' is read by the edit"):
-        run_rewrite(taught, REWRITES, FACTS[2:6], FACTS[4:], config=SETTINGS)
+        run_rewrite(taught, REWRITES, FACTS[2:6], FACTS[4:], site=SITE)
     with pytest.raises(RemaskError, match="choose one of rewrite"):
-        build_rewrite(taught, "wish", REWRITES, FACTS[2:], SETTINGS)
-    with pytest.raises(RemaskError, match="give it retain facts"):
-        rewrite_memory(taught, REWRITES, [], SETTINGS)
+        control(taught, "wish", rewrite(taught, FACTS[2:]), REWRITES)
+    with pytest.raises(RemaskError, match="needs retain facts"):
+        rewrite(taught, [])

@@ -401,7 +401,7 @@ def test_edits_are_built_by_name(toy, facts) -> None:
     states = MemoryConfig(state_seed=MemoryConfig().state_seed + 2).bank
     assert torch.equal(built["caa"].vector, caa(toy, SITE, facts[:3], states=states).vector)
     assert torch.equal(built["repe"].vector, repe(toy, SITE, facts[:3], states=states).vector)
-    config = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, state_seed=states.seed)
+    config = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, compress=0, state_seed=states.seed)
     by_hand = Codebook.build(toy, facts[:3], SITE, retain=facts[4:], config=config)
     assert built["codebook"].fingerprint() == by_hand.with_alpha(0.5).fingerprint()
     drawn = built["random-layer"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from remask.backbones import Site
 from remask.editing import EditMemory, MemoryConfig
 from remask.errors import RemaskError
+from remask.tensorfile import write_tensors
 from remask.tracing import PRESETS, Trace, TraceConfig, Weights, aggregate, join, largest_difference, preset
 
 CONFIG = TraceConfig(steps=3, draws=2, modules=("resid", "mlp"), corruption="replace", view="last", seed=4)
@@ -97,7 +98,7 @@ def test_a_trace_of_another_model_is_refused_with_both_fingerprints(tmp_path: Pa
 
 def test_files_of_another_kind_are_refused(tmp_path: Path, toy, facts) -> None:
     path = tmp_path / "f.safetensors"
-    memory = EditMemory.build(toy, facts[:2], Site(1), config=MemoryConfig(mu=0.0), alpha=1.0)
+    memory = EditMemory.build(toy, facts[:2], Site(1), config=MemoryConfig(readout="ridge", mu=0.0), alpha=1.0)
     for write in (memory.save, lambda file: save_file({"effects": torch.zeros(2)}, file)):
         write(path)
         with pytest.raises(RemaskError, match=r"f\.safetensors: this is no trace of format 2"):
@@ -123,7 +124,10 @@ def test_headers_of_other_versions_are_refused(tmp_path: Path, changes: dict[str
     header = made().header()
     for name, value in (changes or {}).items():
         header = {key: old for key, old in header.items() if key != name} | ({} if value is None else {name: value})
-    save_file(load_file(path), path, {"remask": json.dumps([] if changes is None else header)})
+    if changes is None:
+        save_file(load_file(path), path, {"remask": "[]"})
+    else:
+        write_tensors(path, header, load_file(path))
     with pytest.raises(RemaskError, match=r"t\.safetensors: this is no trace of format 2; make it again"):
         Trace.load(path)
 
@@ -133,7 +137,7 @@ def test_a_file_without_one_of_the_tensors_is_refused(tmp_path: Path) -> None:
     made().save(path)
     tensors = load_file(path)
     del tensors["placed"]
-    save_file(tensors, path, {"remask": json.dumps(made().header())})
+    write_tensors(path, made().header(), tensors)
     with pytest.raises(RemaskError, match="this is no trace of format 2"):
         Trace.load(path)
 

@@ -73,6 +73,12 @@ class Fact:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items() if v not in (None, "", ())}
 
 
+def knowledge_prompt(question: str, examples: Sequence[tuple[str, str]]) -> str:
+    """The question after solved examples (question, answer), one blank line between them."""
+    solved = "".join(f"Question: {asked}\nAnswer: {answered}\n\n" for asked, answered in examples)
+    return f"{solved}Question: {question}\nAnswer:"
+
+
 _FIELDS = frozenset(Fact.__dataclass_fields__)
 
 

@@ -163,7 +163,7 @@ def generate(
     model: Model,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="question; may be given several times")] = None,
     ids: Annotated[list[str] | None, typer.Option("--ids", help="prompt as token ids, for a folder without tokenizer")] = None,
-    edit: Annotated[Path | None, typer.Option(help="edit file to attach")] = None,
+    edit: Annotated[list[Path] | None, typer.Option(help="edit file to attach; may be given several times")] = None,
     length: Annotated[int | None, typer.Option(help="response slots")] = None,
     sampler: Annotated[
         str | None, typer.Option(help="preset at its published settings; by default the model's, greedy")
@@ -201,7 +201,7 @@ def generate(
         for (text, start), result in zip(prompts, results, strict=True)
     ]
     if as_json:
-        print_json({"model": lm.name, "edit": str(edit) if edit else None, "sampler": config.to_dict(), "rows": records})
+        print_json({"model": lm.name, "edit": _named(edit), "sampler": config.to_dict(), "rows": records})
         return
     for record in records:
         console.print(f"[dim]{record['prompt']}[/]\n{record['answer']}")
@@ -214,7 +214,7 @@ def generate(
 def score(
     model: Model,
     facts: Facts,
-    edit: Annotated[Path | None, typer.Option(help="edit file to attach")] = None,
+    edit: Annotated[list[Path] | None, typer.Option(help="edit file to attach; may be given several times")] = None,
     draws: Annotated[int, typer.Option(help="masks a replicate (4 replicates)")] = 4,
     seed: Annotated[int, typer.Option(help="seed of the mask bank")] = 0,
     load_options: Load = None,
@@ -258,7 +258,7 @@ def score(
             {
                 "model": lm.name,
                 "fingerprint": lm.fingerprint(),
-                "edit": str(edit) if edit else None,
+                "edit": _named(edit),
                 "estimator": {"name": ESTIMATOR, "draws": draws * bank.replicates, "bank": bank.fingerprint(lengths)},
                 "mean": mean.to_dict(),
                 "rows": rows,
@@ -273,11 +273,14 @@ def score(
     console.print(f"mean {mean.mean:.2f} nats [{mean.low:.2f}, {mean.high:.2f}], {mean.n} facts, {draws * 4} masks each")
 
 
-def _attached(lm: Any, edit: Path | None) -> Any:
-    from ..backbones.intervention import NoEdit
-    from ..experiments.edits import load_edit
+def _attached(lm: Any, edits: list[Path] | None) -> Any:
+    from ..experiments.edits import load_edits
 
-    return (load_edit(edit) if edit else NoEdit()).attached(lm)
+    return load_edits(edits or ()).attached(lm)
+
+
+def _named(edits: list[Path] | None) -> str | None:
+    return " + ".join(map(str, edits)) if edits else None
 
 
 def _token_ids(text: str) -> tuple[int, ...]:

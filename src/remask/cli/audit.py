@@ -38,13 +38,14 @@ def audit_run(
     benchmark: Annotated[str, typer.Option(help="closed-world, tofu:forget01, rwku:NAME, ...; docs/benchmarks.md lists them")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for records, results and the page")],
     edit: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
             "--edit",
             "--adapter",
-            help="a name of docs/editing.md (default, paper, mean-delta, ...), none, an edit file, or a folder of `unlearn`",
+            help="a name of docs/editing.md (paper, mean-delta, ...; by default `default`), none, an edit file, or a folder of "
+            "`unlearn`; several files act together",
         ),
-    ] = "default",
+    ] = None,
     data: Data = None,
     alpha: Annotated[str, typer.Option(help="strength, or 'calibrated' to --level")] = "calibrated",
     layer: Annotated[int | None, typer.Option(help="layer to edit")] = None,
@@ -78,10 +79,12 @@ def audit_run(
     if precision not in names:
         raise RemaskError(f"--precision {precision!r} is none of auto, fp32, bf16")
     only_one(layer, site)
+    first, *also = edit or ["default"]
     config = AuditConfig(
         model,
         benchmark,
-        edit,
+        first,
+        also=tuple(also),
         alpha=strength_of(alpha),
         layer=layer,
         site=site,

@@ -40,10 +40,15 @@ def edit_build(
     facts: Facts,
     output: Annotated[Path, typer.Option("-o", "--output", help="memory file to write")],
     retain: Annotated[Path | None, typer.Option("--retain", help="facts to leave alone, JSON Lines")] = None,
-    preset: Annotated[str, typer.Option(help="default, ridge, paper, softmax, or gated (one fact)")] = "default",
+    preset: Annotated[
+        str,
+        typer.Option(help="default, ridge, paper, softmax, gated (one fact), or rewrite (to the field 'target' of each fact)"),
+    ] = "default",
     layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
     site: SiteOption = None,
-    alpha: Annotated[str, typer.Option(help="strength, or 'calibrated'")] = "calibrated",
+    alpha: Annotated[
+        str, typer.Option(help="strength, or 'calibrated', which is 1 for preset rewrite: it aims at no level")
+    ] = "calibrated",
     reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
     settings: Annotated[
         list[str] | None,
@@ -54,7 +59,7 @@ def edit_build(
     ] = None,
     load_options: Load = None,
 ) -> None:
-    """Build an edit memory that forgets facts, and write it to a file."""
+    """Build an edit memory that forgets or rewrites facts, and write it to a file."""
     from ..backbones import Site, load
     from ..editing.calibrate import target_level
     from ..editing.config import PRESETS
@@ -77,7 +82,7 @@ def edit_build(
     where = Site(layer) if layer is not None else find_site(lm, site, chosen) if site else None
     level = (
         target_level(lm, chosen, load(reference, **load_options_of(load_options)) if reference else None)
-        if strength is None
+        if strength is None and preset != "rewrite"
         else None
     )
     edit = (

@@ -58,6 +58,7 @@ def capture_anchor(
     states: MaskBank,
     anchor: Anchor = "subject",
     unknown: Sequence[Sequence[Encoded]] = (),
+    anchors: Sequence[Encoded] = (),
 ) -> Captured:
     """Keys at the masked answer positions of partial states; deltas = anchor residual - conditional residual.
 
@@ -66,21 +67,23 @@ def capture_anchor(
         anchor: what is hidden in the anchor state: the whole `prompt`, or its `subject`; or nothing, with the subject replaced
             by names that the model was never taught (`unknown`), so that the anchor state is one the model answers fluently.
         unknown: for anchor `unknown`, each row again under each such name; anchor residuals are their mean.
+        anchors: for the other anchors, each row as it stands in its anchor state before anything is hidden, with the same
+            answer; the rows themselves where none are given.
     """
-    _require_bare(lm)
+    require_bare(lm)
     masks = [states.masks(row.id, len(row.answer_ids)) for row in rows]
     keys, owner = _answer_residuals(lm, site, rows, masks)
     if anchor == "unknown":
         targets = torch.stack([_answer_residuals(lm, site, other, masks)[0] for other in unknown]).mean(dim=0)
     else:
-        targets, _ = _answer_residuals(lm, site, rows, masks, hide=anchor)
+        targets, _ = _answer_residuals(lm, site, anchors or rows, masks, hide=anchor)
     return Captured(keys, targets - keys, owner)
 
 
 @torch.inference_mode()
 def capture_keys(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], states: MaskBank) -> Tensor:
     """Residuals [m, d] at the masked answer positions of partial states: what a memory must leave alone."""
-    _require_bare(lm)
+    require_bare(lm)
     return _answer_residuals(lm, site, rows, [states.masks(row.id, len(row.answer_ids)) for row in rows])[0]
 
 
@@ -112,7 +115,7 @@ def capture_subject(
         values: [facts, d], what the object's mean residual is to become.
         pooling: `subject-mean`, `subject-last`, or `subject-all`: every subject token is a key with the fact's delta.
     """
-    _require_bare(lm)
+    require_bare(lm)
     states = _revealed(lm, site, original)
     keys, owner = [], []
     for index, (row, hidden) in enumerate(zip(original, states, strict=True)):
@@ -127,7 +130,7 @@ def capture_subject(
 @torch.inference_mode()
 def object_values(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], *, masked: bool = False) -> Tensor:
     """Mean residual at the object positions, [rows, d], fp32: revealed, or left as masks."""
-    _require_bare(lm)
+    require_bare(lm)
     states = _revealed(lm, site, rows, masked=masked)
     return torch.stack([_object(row, hidden) for row, hidden in zip(rows, states, strict=True)])
 
@@ -149,7 +152,7 @@ def _revealed(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], *, mas
     return found
 
 
-def _require_bare(lm: MaskedDiffusionLM) -> None:
+def require_bare(lm: MaskedDiffusionLM) -> None:
     """Keys must not depend on what was installed before: capture on the unedited model only."""
     if lm.attached:
         kinds = ", ".join(intervention.kind for intervention in lm.attached)

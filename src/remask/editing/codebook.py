@@ -31,7 +31,7 @@ from .config import MemoryConfig
 from .shift import CodebookShift, Shift
 from .site import SiteEdit
 
-CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0)
+CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0, compress=0)
 _BLOCK = 64  # keys whose distances are in memory at a time
 
 

@@ -12,10 +12,12 @@ from ..errors import RemaskError
 Keys = Literal["subject-mean", "subject-last", "subject-all", "answer"]
 Target = Literal["refusal", "object", "mask", "other", "mean", "anchor"]
 Anchor = Literal["prompt", "subject", "unknown"]
+Value = Literal["head", "donor"]
+Context = Literal["none", "answer", "paraphrase"]
 Readout = Literal["kernel", "ridge", "softmax", "gated"]
 TARGETS: dict[str, tuple[Target, ...]] = {
     "subject": ("refusal", "object", "mask", "other", "mean"),
-    "answer": ("anchor", "mean"),
+    "answer": ("anchor", "mean", "object"),
 }
 
 
@@ -30,10 +32,14 @@ class MemoryConfig:
         target: what deltas move towards. With subject keys the object's mean residual: under the `refusal` text, under the
             fact's own new `object` (its target), with the object left as `mask`, under an `other` object (a retain fact's, or
             one of the fact's `perturbed`), or the `mean` one of the retain facts. With answer keys the residual of the same
-            state in the `anchor`, or the retain facts' `mean`.
+            state in the `anchor`, the retain facts' `mean`, or, to rewrite facts, one that makes the model say the fact's own
+            new `object`, at whose masked positions the keys are then read.
         anchor: what the anchor state hides: `prompt`, `subject`, or nothing but the subject's identity (`unknown`).
         unknown: for anchor `unknown`, names that the model was never taught, put in the subject's place.
         refusal: the refusal text.
+        value: where a rewrite (answer keys, target `object`) moves a residual: the least shift after which the output `head`
+            reads the new token, or the nearest residual that says it in a retain fact (`donor`; `head` where there is none).
+        margin: nats by which the head then prefers the new token to every other one.
         readout: `kernel` (ridge regression in the features exp(beta (cos - 1))), `ridge` (equation 12), `softmax` over forget
             and retain keys (value zero), or `gated` (equation 10, one key).
         ridge, relative: lambda, and whether it is in units of the mean squared key norm (which is 1 for `kernel`).
@@ -50,6 +56,11 @@ class MemoryConfig:
         compress: keys that a fact keeps at most, as centres of k-means over its keys; 0 = all of them.
         retain_keys: retain keys that are kept at most, evenly spread, where the readout looks at them (`kernel`, `softmax`).
         states: partial states a fact; state_seed: their seed.
+        context: answer keys are captured a second time, with the fact itself as a solved example before the question, so that
+            examples do not bring it back: its prompt and `answer`, or its first `paraphrase` and its answer in other words, as
+            far as it has them. The retain facts are treated alike.
+        whiten: multiply keys and residuals by (C + eps I)^(-1/2) before they are compared, with C the retain keys' covariance
+            and eps 1e-3 of its mean eigenvalue.
     """
 
     preset: str = "default"
@@ -58,6 +69,8 @@ class MemoryConfig:
     anchor: Anchor = "subject"
     unknown: tuple[str, ...] = ()
     refusal: str = "I don't know."
+    value: Value = "head"
+    margin: float = 6.0
     readout: Readout = "kernel"
     ridge: float = 1e-3
     relative: bool = True
@@ -72,13 +85,19 @@ class MemoryConfig:
     retain_keys: int = 4096
     states: int = 4
     state_seed: int = 1_000_003
+    context: Context = "none"
+    whiten: bool = False
 
     def __post_init__(self) -> None:
-        for field, known in (("keys", Keys), ("target", Target), ("anchor", Anchor), ("readout", Readout)):
+        known_values: dict[str, Any] = {"keys": Keys, "target": Target, "anchor": Anchor, "value": Value}
+        known_values |= {"readout": Readout, "context": Context}
+        for field, known in known_values.items():
             if getattr(self, field) not in get_args(known):
                 raise RemaskError(f"{field} {getattr(self, field)!r} is unknown; choose one of {', '.join(get_args(known))}")
         if not 0 < self.q <= 1:
             raise RemaskError(f"q must be in (0, 1], not {self.q}")
+        if not 0 < self.margin < math.inf:
+            raise RemaskError(f"margin must be finite and positive, not {self.margin}; the new token has to come first")
         positive = all(0 < value < math.inf for value in (self.ridge, self.beta, self.cap))
         if not positive or not 0 <= self.mu < math.inf or not 0 <= self.balance <= 1 or self.states < 1:
             raise RemaskError("a memory needs finite ridge, beta and cap > 0, mu >= 0, balance in [0, 1] and states >= 1")
@@ -90,6 +109,10 @@ class MemoryConfig:
         object.__setattr__(self, "unknown", tuple(self.unknown))
         if (self.anchor == "unknown") != bool(self.unknown):
             raise RemaskError("anchor 'unknown' needs names that the model was never taught, and only it takes them")
+        if self.context != "none" and self.keys != "answer":
+            raise RemaskError(f"contexts stand before an answer; use keys 'answer', or context 'none' with {self.keys!r}")
+        if self.readout == "gated" and self.whiten:
+            raise RemaskError("the gated edit has one key, as it is; use whiten=False, or another readout")
         if self.readout == "gated" and (self.keys not in ("subject-mean", "subject-last") or self.centre):
             raise RemaskError(
                 "the gated edit has one key, as it is; use keys 'subject-mean' or 'subject-last', and centre=False"
@@ -105,9 +128,15 @@ class MemoryConfig:
         return self.readout in ("kernel", "softmax")
 
     @property
+    def rewrites(self) -> bool:
+        """Whether facts get new objects where predictions are made; such deltas are whole at strength 1."""
+        return self.keys == "answer" and self.target == "object"
+
+    @property
     def needs_retain(self) -> bool:
         """Whether a memory cannot be built without retain facts."""
-        return self.mu > 0 or self.keeps_keys or self.target == "mean"
+        reads = self.mu > 0 or self.keeps_keys or self.whiten
+        return reads or self.target == "mean" or (self.rewrites and self.value == "donor")
 
     @property
     def bank(self) -> MaskBank:
@@ -124,6 +153,16 @@ PRESETS: dict[str, MemoryConfig] = {
     "paper": _PAPER,
     "softmax": MemoryConfig(preset="softmax", readout="softmax", mu=0.0, beta=20.0),
     "gated": replace(_PAPER, preset="gated", readout="gated", ridge=1e-6),
+    "rewrite": MemoryConfig(
+        preset="rewrite",
+        target="object",
+        readout="softmax",
+        mu=0.0,
+        beta=20.0,
+        balance=0.0,  # keys that protect what is said already count as much as those that change something
+        compress=0,
+        retain_keys=16384,  # all of about 500 rows: where a retain key is left out, the rewrite leaks in
+    ),
 }
 
 

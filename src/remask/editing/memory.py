@@ -6,7 +6,7 @@ S_q keeps the ceil(q N) largest coefficients of each token. Presets: `paper` is 
 6-12 (one subject key a fact, refusal target, absolute ridge); `default` reads keys where predictions are made, moves them to
 what the model itself says when it cannot see who is asked about, and solves with the retain set in the system, for a smooth
 function of the residual (kernel.py); `ridge` solves for a linear one; `softmax` retrieves among forget and retain keys instead;
-`gated` is equation 10.
+`gated` is equation 10; `rewrite` retrieves what makes the model say a new object (objects.py).
 
 A memory is a value. Its rows are kept in the order of fact ids, so it does not depend on the order in which facts came, and one
 from which facts were removed is the one that never held them, bit for bit.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -28,16 +28,16 @@ from ..backbones.model import MaskedDiffusionLM, Site
 from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact
-from .build import capture_facts, fact_hash, in_order, shortened
+from .build import capture_facts, capture_retain, fact_hash, in_order, shortened
 from .calibrate import calibrate
-from .capture import Captured, capture_keys
+from .capture import Captured
 from .compress import lost_share
 from .config import PRESETS, MemoryConfig
 from .kernel import KernelSolution, solve_kernel
 from .retained import Retained, pooled
-from .shift import GatedShift, KernelShift, LinearShift, Shift, SoftmaxShift, TopShift
+from .shift import GatedShift, KernelShift, LinearShift, Shift, SoftmaxShift, TopShift, WhitenedShift
 from .site import SiteEdit
-from .solve import Solution, solve_readout
+from .solve import Solution, solve_readout, whitening
 
 
 @dataclass
@@ -97,8 +97,9 @@ class EditMemory(SiteEdit):
                 "retain moment": (kept.moment, (d, d)),
                 "retain keys": (kept.keys, (m, d)),
             }
-        elif looked_up:
-            raise RemaskError(f"the readout {self.config.readout!r} needs retain keys; build the memory with retain facts")
+        elif looked_up or self.config.whiten:
+            what = "whitening" if self.config.whiten else f"the readout {self.config.readout!r}"
+            raise RemaskError(f"{what} needs retain keys; build the memory with retain facts")
         for name, (tensor, shape) in tensors.items():
             if tensor.shape != shape:
                 raise RemaskError(f"{name}: shape {list(tensor.shape)} where {list(shape)} is needed")
@@ -136,17 +137,35 @@ class EditMemory(SiteEdit):
             return torch.zeros(self.keys.shape[1])
         return self.keys.mean(0) if self.retained is None else self.retained.mean
 
+    @cached_property
+    def _whitening(self) -> Tensor | None:
+        """What keys and residuals are multiplied by, [d, d] fp64; None where they stay as they are."""
+        if not self.config.whiten or self.retained is None:
+            return None
+        return whitening(self.retained.mean, self.retained.moment)
+
+    def _framed(self, centre: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """Centre and rows as the readout sees them: as they are or, whitened, from the centre as origin."""
+        if self._whitening is None:
+            return centre, *rows
+        return torch.zeros_like(centre), *((part.double() - centre.double()) @ self._whitening for part in rows)
+
+    def _reading(self, inner: Shift, centre: Tensor) -> Shift:
+        """The shift for residuals of the model, from one for residuals as the readout sees them."""
+        return inner if self._whitening is None else WhitenedShift(inner, self._whitening, centre)
+
     def _solve(self) -> Solution | KernelSolution | None:
         """The system's solution; None where nothing is solved: retrieval and the single gate."""
         config, kept = self.config, self.retained
         if config.readout == "kernel":
             assert kept is not None
+            centre, keys, quiet = self._framed(kept.mean, self.keys, kept.keys)
             return solve_kernel(
-                self.keys,
+                keys,
                 self.deltas,
                 self.weights,
-                kept.keys,
-                kept.mean,
+                quiet,
+                centre,
                 beta=config.beta,
                 mu=config.mu,
                 ridge=config.ridge,
@@ -165,7 +184,10 @@ class EditMemory(SiteEdit):
             raise RemaskError(
                 "centring leaves nothing of the keys: all are equal; set centre=False, or mu > 0 with retain facts"
             )
-        return solve_readout(
+        white = self._whitening
+        if white is not None:
+            keys, moment = keys.double() @ white, None if moment is None else white @ moment.double() @ white
+        solution = solve_readout(
             keys,
             self.config.ridge,
             relative=self.config.relative,
@@ -173,6 +195,7 @@ class EditMemory(SiteEdit):
             mu=self.config.mu,
             weights=self.weights,
         )
+        return solution if white is None else replace(solution, readout=(solution.readout.double() @ white).float())
 
     @classmethod
     def build(
@@ -186,7 +209,7 @@ class EditMemory(SiteEdit):
         alpha: float | Literal["calibrated"] = 1.0,
         level: float | None = None,
     ) -> EditMemory:
-        """Capture and solve a memory of `facts` at `site`; only the blocks up to the site run.
+        """Capture and solve a memory of `facts` at `site`; only the blocks up to the site run, and all of them for a rewrite.
 
         Args:
             retain: facts to leave alone; needed where `config.needs_retain`.
@@ -205,8 +228,8 @@ class EditMemory(SiteEdit):
             )
         captured = capture_facts(lm, facts, site, config, retain)
         retained = None
-        if config.mu > 0 or config.keeps_keys:
-            retained = Retained.of(capture_keys(lm, site, [lm.encode(fact) for fact in retain], config.bank), config)
+        if config.mu > 0 or config.keeps_keys or config.whiten:
+            retained = Retained.of(capture_retain(lm, retain, site, config), config)
         ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
         strength = 1.0 if alpha == "calibrated" else alpha
         parts = (captured.keys, captured.deltas, captured.owner)
@@ -221,8 +244,9 @@ class EditMemory(SiteEdit):
         """What the memory adds to a residual, strength included."""
         if isinstance(self.solution, KernelSolution):
             assert self.retained is not None
-            solved = self.solution
-            return KernelShift(solved.landmarks, solved.values * self.alpha, self.config.beta, self.retained.mean)
+            solved, mean = self.solution, self.retained.mean
+            (centre,) = self._framed(mean)
+            return self._reading(KernelShift(solved.landmarks, solved.values * self.alpha, self.config.beta, centre), mean)
         if isinstance(self.solution, Solution):
             return self._ridge_shift(self.solution.readout)
         return self._softmax_shift() if self.config.readout == "softmax" else self._gated_shift()
@@ -239,7 +263,9 @@ class EditMemory(SiteEdit):
         keys = torch.cat([self.keys, kept])
         values = torch.cat([self.deltas * self.alpha, torch.zeros_like(kept)])
         weights = torch.cat([self.weights, torch.full((len(kept),), self.retained.count / len(kept))])
-        return SoftmaxShift(keys, values, weights, self.config.beta, self.centre if self.config.centre else keys.mean(0))
+        origin = self.centre if self.config.centre else keys.mean(0)
+        centre, keys = self._framed(origin, keys)
+        return self._reading(SoftmaxShift(keys, values, weights, self.config.beta, centre), origin)
 
     def _gated_shift(self) -> Shift:
         key = self.keys[0]
@@ -266,7 +292,7 @@ class EditMemory(SiteEdit):
         """A memory that holds these facts too, captured and solved as the others were.
 
         Args:
-            retain: only for targets that read the retain facts (`mean`, `other`).
+            retain: only for targets that read the retain facts (`mean`, `other`, and `object` with value `donor`).
 
         Raises:
             RemaskError: another model, an id that the memory holds already, or whatever `build` refuses.

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -28,10 +27,8 @@ from ..diffusion.canvas import canvas_batches
 from ..diffusion.masks import MaskBank
 from ..errors import RemaskError
 from ..facts import Fact
-from .capture import Captured, _require_bare
+from .capture import Captured, require_bare
 
-Value = Literal["head", "donor"]
-MARGIN = 6.0
 PASSES = 5  # each closes the gap to the then best rival; new rivals are rare after the first
 CHUNK = 256  # residuals that go through the head together: bounds the [n, V] logits
 
@@ -58,8 +55,7 @@ def capture_object(
     facts: Sequence[Fact],
     states: MaskBank,
     *,
-    value: Value = "head",
-    margin: float = MARGIN,
+    margin: float,
     donors: Sequence[Fact] = (),
 ) -> Captured:
     """Keys at the masked positions of each fact's target, and deltas after which the model says it.
@@ -67,20 +63,13 @@ def capture_object(
     Args:
         facts: with targets.
         states: bank of the partial states, keyed by fact id.
-        value: `head` or `donor`.
-        margin: nats between the new token and the next one, as the head reads the site.
-        donors: facts whose answers the donors are read from (value `donor`); the retain facts do.
+        margin: nats between the new token and the next one, as the head reads the site; positive.
+        donors: facts whose answers the donors are read from; without any, every delta is the head's.
 
     Raises:
-        RemaskError: a fact without target, an unknown value, donors missing, a site outside the residual stream, a margin that
-            is not positive, an intervention attached, nothing to change, or a head that is more than a norm and a table.
+        RemaskError: a fact without target, a site outside the residual stream, an intervention attached, nothing to change, or
+            a head that is more than a norm and a table.
     """
-    if value not in get_args(Value):
-        raise RemaskError(f"the value of a rewrite {value!r} is unknown; choose one of {', '.join(get_args(Value))}")
-    if (value == "donor") != bool(donors):
-        raise RemaskError("value 'donor' needs the facts that it reads residuals from, and only it takes them")
-    if not margin > 0:
-        raise RemaskError(f"the margin of a rewrite must be positive, not {margin}")
     if site.module != "resid":
         raise RemaskError(f"a rewrite is written into the residual stream; use a site with module 'resid', not {site.module!r}")
     found = predictions(lm, site, [_rewritten(lm, fact) for fact in facts], states)
@@ -89,7 +78,7 @@ def capture_object(
         raise RemaskError("the model says every target already; there is nothing to rewrite")
     deltas = torch.zeros_like(found.keys)
     deltas[open_] = head_shift(lm, found.keys[open_], found.tokens[open_], margin)
-    if value == "donor":
+    if donors:
         given = predictions(lm, site, [lm.encode(fact) for fact in donors], states)
         for index in torch.nonzero(open_).flatten().tolist():
             alike = given.keys[(given.tokens == found.tokens[index]) & (given.said == given.tokens)]
@@ -118,7 +107,7 @@ def predictions(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], stat
     Raises:
         RemaskError: an intervention is attached.
     """
-    _require_bare(lm)
+    require_bare(lm)
     lm.site_module(site)
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in rows]
     for free in (False, True):

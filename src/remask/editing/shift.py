@@ -228,6 +228,50 @@ class KernelShift(Shift):
         return features @ self.values.to(hidden.dtype)
 
 
+class WhitenedShift(Shift):
+    """Another shift in other coordinates: inner((h - centre) P).
+
+    Args:
+        inner: sees whitened residuals and puts out plain shifts.
+        matrix: P, [d, d]; centre: [d].
+    """
+
+    matrix: Tensor
+    centre: Tensor
+
+    def __init__(self, inner: Shift, matrix: Tensor, centre: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("matrix", matrix.float())
+        self.register_buffer("centre", centre.float())
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """One product more than the inner shift."""
+        shifted: Tensor = self.inner((hidden - self.centre.to(hidden.dtype)) @ self.matrix.to(hidden.dtype))
+        return shifted
+
+    @property
+    def capacity(self) -> int:
+        """The inner shift's."""
+        return self.inner.capacity
+
+    def padded(self, capacity: int) -> Self:
+        """A copy whose inner shift has room for `capacity` keys."""
+        wider = copy.deepcopy(self)
+        wider.inner = self.inner.padded(capacity)
+        return wider
+
+    def assign(self, other: Shift) -> None:
+        """Take over the numbers of `other`, in place.
+
+        Raises:
+            RemaskError: as for any shift, and for the inner ones.
+        """
+        if isinstance(other, WhitenedShift):
+            self.inner.assign(other.inner)  # first: what it refuses has then changed nothing
+        super().assign(other)
+
+
 class GatedShift(Shift):
     """g(h) delta with g(h) = clip(<h, k> / (|k|^2 + eps), 0, cap): one fact (TimeROME-DLM, equation 10)."""
 

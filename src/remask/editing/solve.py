@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import RemaskError
 
 MAX_CONDITION = 1e13  # beyond this an fp64 solve keeps fewer than three digits
+FLOOR = 1e-3  # of the mean eigenvalue: directions in which retain keys hardly vary are not blown up without bound
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,23 @@ def second_moment(keys: Tensor) -> Tensor:
     """R^T R / m in fp64, [d, d]."""
     wide = keys.double()
     return wide.T @ wide / len(wide)
+
+
+def whitening(mean: Tensor, moment: Tensor) -> Tensor:
+    """(C + eps I)^(-1/2), symmetric, [d, d] in fp64, with C = M - mean mean^T and eps = FLOOR tr(C) / d.
+
+    Args:
+        mean, moment: first and second moment of the retain keys, [d] and [d, d].
+
+    Raises:
+        RemaskError: the keys do not vary.
+    """
+    covariance = moment.double() - torch.outer(mean.double(), mean.double())
+    values, vectors = torch.linalg.eigh(covariance)
+    values = values.clamp(min=0)  # the moment is kept in fp32
+    if not values.mean() > 1e-6 * moment.diagonal().mean():
+        raise RemaskError("the retain keys do not vary, so they cannot be whitened; give more retain facts or whiten=False")
+    return vectors @ torch.diag((values + FLOOR * values.mean()).rsqrt()) @ vectors.T
 
 
 def factor_solve(system: Tensor, right: Tensor) -> tuple[Tensor, float]:

@@ -20,14 +20,14 @@ from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
 from ..diffusion.sampler import SamplerConfig
 from ..errors import TooLongError
-from ..facts import Fact
+from ..facts import Fact, knowledge_prompt
 from .attacks.base import Attack
 from .benchmarks.base import Choice, Text
 from .generation import answers
 from .metrics.choice import multiple_choice, rewrite_scores
 from .metrics.membership import membership_scores
 from .metrics.memorisation import exact_memorisation, extraction_strength
-from .metrics.muse import knowledge_memorisation, knowledge_prompt, verbatim_memorisation
+from .metrics.muse import knowledge_memorisation, verbatim_memorisation
 from .metrics.probability import answer_scores, length_normalised
 from .metrics.text import exact_match, junk, n_gram_entropy, rouge_l
 

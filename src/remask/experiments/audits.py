@@ -49,7 +49,7 @@ from ..figures import png
 from ..random import digest
 from ..reporting.audit import audit_figures, audit_page
 from ..unlearning.trainer import fast_bfloat16
-from .edits import build_edit, load_edit
+from .edits import build_edit, load_edit, load_edits
 from .tracing import find_site, site_file
 from .workers import Workers
 
@@ -60,6 +60,7 @@ class AuditConfig:
 
     Attributes:
         model, benchmark, edit: names; `edit` may be a file.
+        also: files of further edits, which act together with the file `edit`, each as strong as its file says.
         alpha, layer: of the edit; None = calibrated, tuned.
         site: instead of a layer: `auto` or the folder of a trace.
         reference: model that never saw the forget set; None = `<model>-reference` where that is bundled.
@@ -88,10 +89,26 @@ class AuditConfig:
     extraction: bool = False
     attack_rows: int = ATTACK_ROWS
     text: bool = True
+    also: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.also:
+            return
+        for name in self.edits:
+            if not Path(name).exists():
+                raise RemaskError(f"edit {name!r} is no file or folder; several edits are read from files, build it first")
+        if any(value is not None for value in (self.alpha, self.layer, self.site)):
+            raise RemaskError("several edits stay where and as strong as their files say; leave out --alpha, --layer, --site")
+
+    @property
+    def edits(self) -> tuple[str, ...]:
+        """Every edit, in the order in which they are attached."""
+        return self.edit, *self.also
 
     def command(self) -> str:
         """The command line that asks for this."""
-        parts = ["remask audit", self.model, "--benchmark", self.benchmark, "--edit", self.edit]
+        parts = ["remask audit", self.model, "--benchmark", self.benchmark]
+        parts += [part for name in self.edits for part in ("--edit", name)]
         parts += ["--data", "DIR"] if self.benchmark != "closed-world" else []
         given = {"alpha": self.alpha, "layer": self.layer, "site": self.site, "reference": self.reference, "steps": self.steps}
         given["level"] = None if self.level == "auto" else self.level
@@ -196,6 +213,9 @@ class _Builder:
             RemaskError: an edit that cannot be built, or one of another model; nothing has been measured then.
         """
         path, config, lm = self.path(seed), self.config, self.lm
+        if config.also:
+            self._copy(seed)
+            return
         if config.edit == "none" or path.is_file() or path.with_suffix(".txt").is_file():
             return
         forget, fit = self.rows()
@@ -211,9 +231,18 @@ class _Builder:
         edit.attach(lm).detach()
         edit.save(path)
 
+    def _copy(self, seed: int) -> None:
+        """Several files into the folder, once they have been attached together."""
+        paths = self.paths(seed)
+        if all(path.is_file() for path in paths):
+            return
+        load_edits(self.config.edits).attach(self.lm).detach()
+        for name, path in zip(self.config.edits, paths, strict=True):
+            load_edit(name).save(path)
+
     def read(self, seed: int) -> Intervention:
         """The edit of a seed; none where there is nothing to forget."""
-        return load_edit(self.path(seed)) if self.path(seed).is_file() else NoEdit()
+        return load_edits([path for path in self.paths(seed) if path.is_file()])
 
     def note(self) -> str | None:
         """Why no edit was built."""
@@ -230,11 +259,16 @@ class _Builder:
         forget, fit = self.benchmark.forget, self.benchmark.fit
         return [fact for fact in forget if fact.id not in left_out], [fact for fact in fit if fact.id not in left_out]
 
-    def path(self, seed: int) -> Path:
-        """File of a seed's edit, named by a hash of all that it depends on."""
+    def paths(self, seed: int) -> list[Path]:
+        """Files of a seed's edits, in their order."""
+        return [self.path(seed, edit) for edit in self.config.edits]
+
+    def path(self, seed: int, edit: str | None = None) -> Path:
+        """File of a seed's edit, named by a hash of all that it depends on; of several the first unless told."""
         config, forget_fit = self.config, self.rows()
-        asked: list[Any] = [config.edit, config.alpha, config.layer, config.site, config.level, seed]
-        asked += [path.read_bytes() for path in (Path(config.edit), site_file(config.site or "")) if path.is_file()]
+        edit = config.edit if edit is None else edit
+        asked: list[Any] = [edit, config.alpha, config.layer, config.site, config.level, seed]
+        asked += [path.read_bytes() for path in (Path(edit), site_file(config.site or "")) if path.is_file()]
         prints = [self.lm.fingerprint(), None if self.twin is None else self.twin.fingerprint()]
         return self.folder / f"{digest(*asked, *prints, forget_fit, package_versions())}.safetensors"
 
@@ -255,7 +289,7 @@ class _Builder:
             "model": {"name": self.lm.name, "fingerprint": self.lm.fingerprint()},
             "reference": None if twin is None else {"name": twin.name, "fingerprint": twin.fingerprint()},
             "edit": {
-                "name": self.config.edit,
+                "name": " + ".join(self.config.edits),
                 "note": self.note(),
                 "seeds": [{"kind": edit.kind, **edit.describe()} for edit in edits],
             },

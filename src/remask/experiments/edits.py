@@ -13,6 +13,7 @@ from torch import nn
 from ..assets import RECIPES
 from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
+from ..backbones.several import Several
 from ..backbones.weight_edit import WeightEdit
 from ..editfile import read_edit
 from ..editing.calibrate import calibrate
@@ -46,6 +47,16 @@ def load_edit(path: str | Path) -> EditMemory | SteeringVector | Codebook | Weig
     return KINDS[kind].load(path)
 
 
+def load_edits(paths: Sequence[str | Path]) -> Intervention:
+    """The edits of files or folders as one intervention, attached in their order; no edit where there are none.
+
+    Raises:
+        RemaskError: what `load_edit` refuses.
+    """
+    edits = tuple(load_edit(path) for path in paths)
+    return Several(edits) if len(edits) > 1 else edits[0] if edits else NoEdit()
+
+
 def attach(model: nn.Module, edit: str | Path | Edit, **options: Any) -> LiveEdit:
     """Put an edit, or the edit of a file, on any torch module tree; options as in `remask.editing.live.attach`.
 
@@ -66,6 +77,8 @@ def tuned(model: str, name: str) -> dict[str, Any]:
 
 def _of_sibling(model: str, name: str) -> dict[str, Any]:
     """Layer and anchor of the tuned preset that captures in the same way, for one that was not tuned itself."""
+    if preset(name).rewrites:
+        return {}  # where facts are best forgotten says nothing about where they are best rewritten
     found = tuned(model, "default" if preset(name).keys == "answer" else "paper")
     return {key: value for key, value in found.items() if key in ("layer", "anchor", "unknown")}
 
@@ -88,7 +101,7 @@ def build_edit(
         name: a preset; `mean-delta`, `caa`, `repe`, `codebook`; `random-layer` (the preset `default` at a layer that is drawn);
             or a file.
         site: where; by default the layer chosen on a validation split for a bundled model. `random-layer` avoids its layer.
-        alpha: strength; None = calibrated to `level`.
+        alpha: strength; None = calibrated to `level`, except for a rewrite, which has no level: its deltas are whole at 1.
         level: target log-probability of the forget set, nats a row; None = the prompt-masked level.
         seed: of the partial states, and of the layer that is drawn.
         changes: fields of MemoryConfig to change.
@@ -108,6 +121,8 @@ def build_edit(
     edit = _built(lm, name, facts, retain, site, config)
     if alpha is not None:
         return edit.with_alpha(alpha)
+    if config.rewrites:
+        return edit
     return calibrate(lm, edit, [lm.encode(fact) for fact in facts], level)
 
 
@@ -135,7 +150,7 @@ def _site(
 def _config(name: str, changes: dict[str, Any], seed: int) -> MemoryConfig:
     """The preset's settings with changes; a baseline's are those of `default` under its own name."""
     if name not in PRESETS and name != "random-layer":
-        changes |= {"mu": 0.0, "readout": "ridge"}  # only the captures are used
+        changes |= {"mu": 0.0, "readout": "ridge", "compress": 0}  # only the captures are used
     config = preset("default" if name in BASELINES else name, **changes)
     return replace(config, preset=name, state_seed=config.state_seed + seed)
 

@@ -18,11 +18,8 @@ import torch
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..diffusion.likelihood import elbo
 from ..diffusion.masks import MaskBank
-from ..editing.build import fact_hash, in_order
-from ..editing.config import MemoryConfig, preset
+from ..editing.config import preset
 from ..editing.memory import EditMemory
-from ..editing.objects import MARGIN, Value, capture_answers, capture_object
-from ..editing.retained import Retained
 from ..editing.site import SiteEdit
 from ..editing.steering import mean_delta
 from ..errors import RemaskError
@@ -31,38 +28,12 @@ from ..evaluation.metrics.choice import RewriteScores, rewrite_scores
 from ..evaluation.rewriting import Said, answer_accuracy, locality, rewrite_summary, said_summary
 from ..evaluation.statistics import mean_interval
 from ..facts import Fact, write_atomically
+from .edits import build_edit
 
 EditName = Literal["rewrite", "mean-delta", "paper"]
 BANK = MaskBank(draws=4, replicates=2, seed=7_000_003)
 """Never the bank of the captures, nor one that settings were chosen on."""
 SHOWN = 8  # generations of each kind that a result holds
-
-
-@dataclass(frozen=True)
-class RewriteConfig:
-    """How facts are rewritten; the defaults were chosen on validation people of `tiny`.
-
-    Attributes:
-        layer: where.
-        value, margin: what the deltas move towards, as in `capture_object`.
-        beta: inverse temperature of the look-up; retain_keys: how many retain keys it holds at most.
-        states: partial states a fact; seed: added to the seed of the states.
-    """
-
-    layer: int = 2
-    value: Value = "head"
-    margin: float = MARGIN
-    beta: float = 20.0
-    retain_keys: int = 16384
-    states: int = 4
-    seed: int = 0
-
-    @property
-    def memory(self) -> MemoryConfig:
-        """The memory's settings; every key counts alike, those too that protect what is said already."""
-        seed = preset("default").state_seed + self.seed
-        kept = {"retain_keys": self.retain_keys, "balance": 0.0}
-        return preset("softmax", beta=self.beta, states=self.states, state_seed=seed, **kept)
 
 
 @dataclass(frozen=True)
@@ -84,34 +55,14 @@ class Measured:
     kept_outputs: list[str]
 
 
-def rewrite_memory(lm: MaskedDiffusionLM, facts: Sequence[Fact], retain: Sequence[Fact], config: RewriteConfig) -> EditMemory:
-    """The memory that rewrites `facts` to their targets and leaves `retain` alone.
+def control(lm: MaskedDiffusionLM, name: EditName, memory: EditMemory, facts: Sequence[Fact]) -> SiteEdit:
+    """The rewrite itself, or one of its controls at the same site and strength.
 
     Raises:
-        RemaskError: no facts or no retain facts, or what `capture_object` refuses.
-    """
-    if not retain:
-        raise RemaskError("a rewrite looks residuals up among retain keys too; give it retain facts")
-    facts, settings, site = in_order(facts, retain), config.memory, Site(config.layer)
-    donors = retain if config.value == "donor" else ()
-    found = capture_object(lm, site, facts, settings.bank, value=config.value, margin=config.margin, donors=donors)
-    kept = Retained.of(capture_answers(lm, site, retain, settings.bank), settings)
-    ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
-    parts = (found.keys, found.deltas, found.owner)
-    return EditMemory(settings, site, ids, *parts, lm.fingerprint(), retained=kept, hashes=hashes)
-
-
-def build_rewrite(
-    lm: MaskedDiffusionLM, name: EditName, facts: Sequence[Fact], retain: Sequence[Fact], config: RewriteConfig
-) -> SiteEdit:
-    """The rewrite, or one of its controls at the same site and strength.
-
-    Raises:
-        RemaskError: unknown name, or what `rewrite_memory` refuses.
+        RemaskError: unknown name.
     """
     if name not in get_args(EditName):
         raise RemaskError(f"unknown rewrite {name!r}; choose one of {', '.join(get_args(EditName))}")
-    memory = rewrite_memory(lm, facts, retain, config)
     if name == "rewrite":
         return memory
     if name == "mean-delta":
@@ -154,16 +105,20 @@ def run_rewrite(
     kept: Sequence[Fact],
     *,
     edit: EditName = "rewrite",
-    config: RewriteConfig | None = None,
+    site: Site | None = None,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
     known: Mapping[str, Fact] | None = None,
     before: Measured | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """Rewrite `facts` and measure before and after; the model is left as it was.
+    """Rewrite `facts` with the preset `rewrite` or a control, and measure before and after; the model is left as it was.
 
     Args:
         facts: with targets; retain: what the edit may read; kept: rows that are to stay and that no edit read.
         edit: the rewrite or a control.
+        site: where; by default the layer that is known for a bundled model.
+        seed: of the partial states; changes: fields of MemoryConfig to change.
         known: facts by id, which `Fact.neighbours` names.
         before: the unedited model's measurement, if it is at hand.
         out: file of the result (JSON).
@@ -171,21 +126,23 @@ def run_rewrite(
     Raises:
         RemaskError: a row that is both read and kept, or what building and measuring refuse.
     """
-    config, known = config or RewriteConfig(), known or {}
-    read = {fact.id for fact in retain}
+    known, read = known or {}, {fact.id for fact in retain}
     for fact in kept:
         if fact.id in read:
             raise RemaskError(
                 f"row {fact.id!r} is read by the edit and cannot show what it leaves alone; drop it from one list"
             )
-    built = build_rewrite(lm, edit, facts, retain, config)
+    memory = build_edit(lm, "rewrite", facts, retain, site=site, seed=seed, **(changes or {}))
+    assert isinstance(memory, EditMemory)
+    built = control(lm, edit, memory, facts)
     before = before or measure(lm, facts, kept, known)
     with built.attached(lm):
         after = measure(lm, facts, kept, known)
     result = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint()},
         "edit": edit,
-        "settings": asdict(config),
+        "seed": seed,
+        "settings": asdict(memory.config),
         "description": built.describe(),
         "estimator": {"bound": "stratified", **asdict(BANK)},
         "counts": {"facts": len(facts), "retain": len(retain), "kept": len(kept)},

@@ -8,10 +8,9 @@ from typing import Any
 from ...backbones.model import MaskedDiffusionLM
 from ...diffusion.sampler import SamplerConfig
 from ...errors import RemaskError, TooLongError
-from ...facts import Fact
+from ...facts import Fact, knowledge_prompt
 from ...random import digest, numpy_generator
 from ..benchmarks.base import Probe
-from ..metrics.muse import knowledge_prompt
 from .asking import Asked, ask, encode, fits
 from .base import Attack, Attempt, Terms
 

@@ -10,7 +10,7 @@ import numpy as np
 from ...backbones.model import Encoded, MaskedDiffusionLM
 from ...diffusion.sampler import SamplerConfig
 from ...errors import RemaskError
-from ...facts import Fact
+from ...facts import Fact, knowledge_prompt
 from ..generation import answers
 from .text import rouge_l
 
@@ -33,12 +33,6 @@ def muse_rouge(outputs: Sequence[str], references: Sequence[str]) -> np.ndarray:
 def first_answer(output: str) -> str:
     """A knowledge answer up to the first blank line or the next "Question", which in-context examples provoke."""
     return re.split(r"\n\s*\n|Question", output, maxsplit=1)[0].strip()
-
-
-def knowledge_prompt(question: str, examples: Sequence[tuple[str, str]]) -> str:
-    """The question after solved examples (question, answer), one blank line between them."""
-    solved = "".join(f"Question: {asked}\nAnswer: {answered}\n\n" for asked, answered in examples)
-    return f"{solved}Question: {question}\nAnswer:"
 
 
 # ------------------------------------------------------------------ on a model
