@@ -263,7 +263,9 @@ def _bars(default: dict[str, Any], control: dict[str, Any], paper: dict[str, Any
         "20 times as selective as `paper` and mean-delta": f"{times[0]:.0f} and {times[1]:.0f} times",
         "other wordings lose at least 80 % of the direct effect": f"{other / same:.0%} ({other:+.1f} against {same:+.1f} nats)",
         "in context at most 10 % regained": context["note"] or interval({"mean": context["regained"], **context}, 0, unit=" %"),
-        "junk at most 5 points above the never-trained model": f"{junk['after']['mean']:.2f} against {junk['never trained']['mean']:.2f}",
+        "junk at most 5 points above the never-trained model": " against ".join(
+            f"{junk[state]['mean']:.2f}" for state in ("after", "never trained")
+        ),
     }
 
 

@@ -4,9 +4,9 @@
     python benchmarks/tune_edits.py tiny-tofu tofu:forget01 --data DIR
 
 `remask edit tune` over the validation rows: `default`, and what it is compared with (`ridge`, `paper`, `mean-delta`), whose
-layers are chosen by the smallest retain loss at the level; `anchors` compares what an anchor hides. Folds hold as many people as
-the benchmark forgets. Writes the runs to --work and what was measured to benchmarks/results/tune_<model>_<run>.json; prints the
-entries for assets/edits.yaml.
+layers are chosen by the smallest retain loss at the level; `anchors` compares what an anchor hides. Folds hold as many people
+as the benchmark forgets. Writes the runs to --work and what was measured to benchmarks/results/tune_<model>_<run>.json; prints
+the entries for assets/edits.yaml.
 """
 
 from __future__ import annotations
