@@ -216,7 +216,10 @@ def editing_table() -> str:
         cells = [name, str(found["edit"]["seeds"][0]["site"]["layer"])]
         cells += [f"{c['mean']:+.2f} [{c['low']:+.2f}, {c['high']:+.2f}]" for c in changes]
         ratio = found["summary"]["selectivity"].get("after")
-        cells.append("-" if ratio is None else f"{ratio['mean']:.1f} [{ratio['low']:.1f}, {ratio['high']:.1f}]")
+        if ratio is None or ratio["low"] > 10_000:  # the retain rows changed by rounding only
+            cells.append("-")
+        else:
+            cells.append(f"{ratio['mean']:.1f} [{ratio['low']:.1f}, {ratio['high']:.1f}]")
         for group, metric in (("forget", "exact match"), ("forget", "junk rate"), ("retain", "exact match")):
             before, after = (groups[group][metric]["states"][state]["mean"] for state in ("before", "after"))
             cells.append(f"{before:.2f} → {after:.2f}")

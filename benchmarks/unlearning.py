@@ -72,7 +72,7 @@ class Study:
         if b.validation:
             self.validation = Split(b.validation, b.fit, {"retain": b.validation_retain})
         else:  # forget10 leaves no authors to forget for practice: validation authors of the retain set take their place
-            fit, held = split_groups(b.fit, (8, 2), "unlearning validation")
+            fit, held = splitgroups(b.fit, (8, 2), "unlearning validation")
             self.validation = Split(b.validation_retain, fit, {"retain": held})
         self.console = Console()
 
@@ -114,9 +114,9 @@ class Study:
     def _measured(self, edit: Intervention, rows: Split, seed: int | None) -> dict[str, Any]:
         """Mean log-probability of every group, nats a row; with the first seed also what is answered."""
         with edit.attached(self.lm):
-            found: dict[str, Any] = {name: self._logprobs(facts) for name, facts in self._groups(rows).items()}
+            found: dict[str, Any] = {name: self._logprobs(facts) for name, facts in self.groups(rows).items()}
             if seed == 0:
-                found["answers"] = {name: self._answers(self._groups(rows)[name]) for name in ("forget", "retain")}
+                found["answers"] = {name: self._answers(self.groups(rows)[name]) for name in ("forget", "retain")}
         return found
 
     def _calibrated(self, edit: Any, rows: Split) -> dict[str, Any] | None:
@@ -130,7 +130,7 @@ class Study:
         return {"alpha": scaled.alpha, **self._measured(scaled, rows, None)}
 
     @staticmethod
-    def _groups(rows: Split) -> dict[str, Sequence[Fact]]:
+    def groups(rows: Split) -> dict[str, Sequence[Fact]]:
         return {"forget": rows.forget, **rows.scored}
 
     def _logprobs(self, facts: Sequence[Fact], lm: MaskedDiffusionLM | None = None) -> list[float]:
@@ -159,10 +159,10 @@ class Study:
             rows: Split = getattr(self, split)
             found: dict[str, Any] = {
                 name: {"before": self._logprobs(facts), "never trained": self._logprobs(facts, self.twin)}
-                for name, facts in self._groups(rows).items()
+                for name, facts in self.groups(rows).items()
             }
             found["auto level"] = target_level(self.lm, rows.forget, self.twin)
-            found["answers"] = {name: self._answers(self._groups(rows)[name]) for name in ("forget", "retain")}
+            found["answers"] = {name: self._answers(self.groups(rows)[name]) for name in ("forget", "retain")}
             write_atomically(path, json.dumps(found).encode())
         return dict(json.loads(path.read_text()))
 
@@ -206,7 +206,7 @@ class Study:
         done = [run for run in runs if "failed" not in run]
         for strength in ("own", "calibrated"):
             measured = [run[strength] for run in done if run[strength]]
-            line[strength] = _summary(measured, levels, self._groups(self.reported)) if measured else None
+            line[strength] = _summary(measured, levels, self.groups(self.reported)) if measured else None
         if done:
             line["answers"] = done[0]["own"]["answers"]
             line["cost"] = {key: float(np.median([run["cost"][key] for run in done])) for key in done[0]["cost"]}
@@ -251,13 +251,15 @@ def main() -> None:
         return
     levels = study.levels("reported")
     summary = {
-        name: {key: float(np.mean(v)) for key, v in found.items()} for name, found in levels.items() if "before" in found
+        name: {key: float(np.mean(v)) for key, v in found.items()}
+        for name, found in levels.items()
+        if name in study.groups(study.reported)
     }
     record = {
         "command": f"python benchmarks/unlearning.py {asked.model}" + (" --data DIR" if asked.data else ""),
         "model": asked.model,
         "benchmark": BENCHMARKS[asked.model],
-        "rows": {name: len(facts) for name, facts in study._groups(study.reported).items()},
+        "rows": {name: len(facts) for name, facts in study.groups(study.reported).items()},
         "steps": STEPS[asked.model],
         "grid": list(RATES),
         "budget": BUDGET,
