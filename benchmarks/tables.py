@@ -402,6 +402,7 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
     put(ROOT / "docs" / "editing.md", "editing", editing_table())
     put(ROOT / "docs" / "editing.md", "bars", bars_table())
+    put(ROOT / "docs" / "editing.md", "forget10", unlearning_table("tiny-tofu"))
     put(ROOT / "docs" / "editing.md", "said", said_table())
     put(ROOT / "docs" / "editing.md", "edit_cost", cost_table())
     put(ROOT / "docs" / "unlearning.md", "unlearning_tiny", unlearning_table("tiny"))

@@ -72,7 +72,7 @@ class Study:
         if b.validation:
             self.validation = Split(b.validation, b.fit, {"retain": b.validation_retain})
         else:  # forget10 leaves no authors to forget for practice: validation authors of the retain set take their place
-            fit, held = splitgroups(b.fit, (8, 2), "unlearning validation")
+            fit, held = split_groups(b.fit, (8, 2), "unlearning validation")
             self.validation = Split(b.validation_retain, fit, {"retain": held})
         self.console = Console()
 
@@ -131,6 +131,7 @@ class Study:
 
     @staticmethod
     def groups(rows: Split) -> dict[str, Sequence[Fact]]:
+        """Rows that are scored, by group."""
         return {"forget": rows.forget, **rows.scored}
 
     def _logprobs(self, facts: Sequence[Fact], lm: MaskedDiffusionLM | None = None) -> list[float]:
@@ -256,7 +257,8 @@ def main() -> None:
         if name in study.groups(study.reported)
     }
     record = {
-        "command": f"python benchmarks/unlearning.py {asked.model}" + (" --data DIR" if asked.data else ""),
+        "command": " ".join(["python benchmarks/unlearning.py", asked.model, *(["--data DIR"] if asked.data else [])]),
+        "only": asked.only,
         "model": asked.model,
         "benchmark": BENCHMARKS[asked.model],
         "rows": {name: len(facts) for name, facts in study.groups(study.reported).items()},
