@@ -34,7 +34,7 @@ from ..tracing.plots import heatmap
 from .edits import build_edit, tuned
 
 QUESTIONS = 5
-ALPHA = 1.5  # calibration stops at the prompt-masked level, where short answers can still be guessed; this goes past it
+ALPHA = 1.0  # the natural strength: at its keys the residual becomes the anchor's
 KINDS = ("work", "city", "instrument", "book", "pet")  # attributes that are asked about
 
 
