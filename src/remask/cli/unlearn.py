@@ -60,6 +60,7 @@ def unlearn(
         if value is None:
             raise RemaskError(f"{name} is missing; `remask unlearn --help` shows how to call it, --list the methods")
     from ..experiments.unlearning import UnlearnJob, run_unlearn
+    from ..unlearning.unlearn import EDIT, LOG
 
     assert model is not None and method is not None and forget is not None and out is not None
     chosen = pairs_of("--set", settings) | {"seed": seed}
@@ -70,7 +71,7 @@ def unlearn(
         print_json(record)
         return
     console.print(_summary(record))
-    progress.print(f"edit: {out / 'edit.safetensors'}; settings and cost: {out / 'unlearn.json'}")
+    progress.print(f"edit: {out / EDIT}; settings and cost: {out / LOG}")
 
 
 def _summary(record: dict[str, Any]) -> Table:

@@ -2,7 +2,7 @@
 
 | file | what it is |
 |---|---|
-| `edit.safetensors` | the change of the weights, for `--edit`, `load_edit` and `remask.attach`-like use |
+| `edit.safetensors` | the change of the weights: an edit file, for `--edit` and `load_edit` |
 | `unlearn.json` | settings, cost, what was done |
 | `metrics.jsonl`, `tensorboard/`, `checkpoint.safetensors` | of methods that train |
 """
