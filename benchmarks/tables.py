@@ -319,9 +319,9 @@ def cost_table() -> str:
     return "\n".join([*forward, "", *install, "", *change])
 
 
-def unlearning_table(model: str) -> str:
-    """Every method of `remask unlearn` beside the edit memory: own strength, common level, answers, cost."""
-    record = json.loads((RESULTS / f"unlearning_{model}.json").read_text())
+def unlearning_table(name: str, only: tuple[str, ...] = ()) -> str:
+    """Every method of `remask unlearn` beside the edit memory, or some: own strength, common level, answers, cost."""
+    record = json.loads((RESULTS / f"unlearning_{name}.json").read_text())
     groups = [name for name in record["rows"] if name in ("forget", "retain", "neighbours", "paraphrase")]
     lines = [
         "| method | rate | "
@@ -329,8 +329,8 @@ def unlearning_table(model: str) -> str:
         + " | gap closed | exact | ROUGE-L | junk | at one level: scale | retain | neighbours | seconds | forwards |",
         "|---" * (len(groups) + 11) + "|",
     ]
-    for line in record["methods"]:
-        lines.append("| " + " | ".join(_unlearned(line, groups)) + " |")
+    chosen = [line for line in record["methods"] if not only or line["name"] in only]
+    lines += ["| " + " | ".join(_unlearned(line, groups)) + " |" for line in chosen]
     levels = record["levels"]
     before = ", ".join(f"{name} {levels[name]['before']:.2f} ({levels[name]['never trained']:.2f})" for name in groups)
     first = record["answers before"]["forget"]
@@ -356,6 +356,24 @@ def _unlearned(line: dict[str, Any], groups: list[str]) -> list[str]:
         else:
             cells.append(f"{scaled[name][0]:.2f}" if name == "alpha" else f"{scaled[name]['mean']:+.2f}")
     return [*cells, *(f"{line['cost'][key]:.0f}" if line["cost"] else "-" for key in ("seconds", "forwards"))]
+
+
+def noise_tables() -> str:
+    """What of a step is chance, by draws and masks; and what a step costs."""
+    record = json.loads((RESULTS / "unlearning_noise.json").read_text())
+    found = {(line["method"], line["scheme"], line["steps"]): line for line in record["noise"]}
+    methods, schemes, steps = (list(dict.fromkeys(key[place] for key in found)) for place in range(3))
+    heads = [f"{method}, {step} steps" for method in methods for step in steps]
+    lines = ["| states of a row | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for scheme in schemes:
+        cells = [found.get((method, scheme, step)) for method in methods for step in steps]
+        shown = [f"{cell['noise']:.2f} ({cell['loss standard deviation a row']:.2g})" if cell else "-" for cell in cells]
+        lines.append("| " + " | ".join([scheme, *shown]) + " |")
+    cost = record["cost"]["methods"]
+    lines += ["", "| | " + " | ".join(line["method"] for line in cost) + " |", "|---" * (len(cost) + 1) + "|"]
+    over = [f"{line['over ga']:.2f} [{line['quartiles'][0]:.2f}, {line['quartiles'][1]:.2f}]" for line in cost]
+    lines.append("| seconds of a step over those of `ga` | " + " | ".join(over) + " |")
+    return "\n".join(lines)
 
 
 REWRITE_COLUMNS = {
@@ -402,10 +420,13 @@ if __name__ == "__main__":
     put(ROOT / "docs" / "adapt.md", "adapt", adapt_table())
     put(ROOT / "docs" / "editing.md", "editing", editing_table())
     put(ROOT / "docs" / "editing.md", "bars", bars_table())
-    put(ROOT / "docs" / "editing.md", "forget10", unlearning_table("tiny-tofu"))
+    for split in ("forget05", "forget10"):
+        put(ROOT / "docs" / "editing.md", split, unlearning_table(f"tiny-tofu_{split}", ("default", "mean-delta", "paper")))
     put(ROOT / "docs" / "editing.md", "said", said_table())
     put(ROOT / "docs" / "editing.md", "edit_cost", cost_table())
     put(ROOT / "docs" / "unlearning.md", "unlearning_tiny", unlearning_table("tiny"))
+    put(ROOT / "docs" / "unlearning.md", "unlearning_tofu", unlearning_table("tiny-tofu_forget10"))
+    put(ROOT / "docs" / "unlearning.md", "noise", noise_tables())
     put(ROOT / "docs" / "editing.md", "rewriting", rewriting_table())
     put(ROOT / "docs" / "tracing.md", "ratios", tracing_ratios())
     for marker, table in tracing_findings().items():

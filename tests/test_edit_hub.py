@@ -25,10 +25,11 @@ from huggingface_hub.errors import (
 from conftest import FACTS, build_toy
 from remask.backbones import Site
 from remask.backbones.weight_edit import WeightEdit
+from remask.editfile import EDIT as FILE
 from remask.editing import EditMemory, SteeringVector, preset
 from remask.errors import RemaskError
 from remask.experiments import edithub
-from remask.experiments.edithub import FILE, card, pull_edit, push_edit
+from remask.experiments.edithub import card, pull_edit, push_edit
 from test_cli import Remask, assert_refused, remask, snapshot
 
 __all__ = ["remask"]  # a fixture

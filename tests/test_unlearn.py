@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 import remask.backbones as backbones
 from conftest import FACTS, GOLDENS, build_toy
@@ -354,6 +355,51 @@ def test_recomputed_blocks_give_the_same_steps(tmp_path: Path) -> None:
     assert not any(module.training for module in lm.model.modules())
 
 
+# ------------------------------------------------------------------------------------------------ parts
+PARTED: dict[str, dict[str, Any]] = {
+    "ga": {"retain": "mask-loss"},
+    "npo": {"noise": {"draws": 4}},
+    "mdu": {},
+    "rmu": {},
+}
+
+
+@pytest.mark.parametrize("method", PARTED)
+def test_parts_take_the_steps_of_one(tmp_path: Path, method: str) -> None:
+    """Result, losses, and the norm of the gradient before it is clipped, whose size Adam hardly notices."""
+    settings = {"batch_size": 4, "retain_weight": 2.0, **PARTED[method]}
+    edits, lines, costs = {}, {}, {}
+    for parts in (1, 2, 4):
+        out = tmp_path / str(parts)
+        edits[parts] = unlearn(build_toy(), FORGET, FACTS[4:], config_of(method, parts=parts, **settings), out)
+        lines[parts] = [{**line, "kind": 0} for line in metrics_of(out)]
+        costs[parts] = log_of(out)["cost"]
+    assert all(line["retain"] != 0 for line in lines[1][1:])
+    for parts in (2, 4):
+        for one, other in zip(tensors(edits[1]), tensors(edits[parts]), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+        for line, other_line in zip(lines[1], lines[parts], strict=True):
+            assert line == pytest.approx(other_line, rel=1e-3, abs=1e-5)
+        assert costs[parts]["sequence_blocks"] == costs[1]["sequence_blocks"]
+        assert costs[parts]["forwards"] == parts * costs[1]["forwards"]
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_a_piece_is_differentiated_before_the_next_is_read(tmp_path: Path, parts: int) -> None:
+    """Canvases of every forward that is differentiated, and whether there is a gradient already."""
+    lm, seen = build_toy(), []
+
+    def look(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            seen.append((len(inputs[0]), any(p.grad is not None for p in lm.model.parameters())))
+
+    handle = lm.embedding.register_forward_hook(look)
+    settings = {"steps": 1, "batch_size": 4, "noise": {"draws": 4}, "parts": parts}
+    unlearn(lm, FORGET, FACTS[4:], config_of("npo", **settings), tmp_path)
+    handle.remove()
+    assert seen == [(size // parts, piece > 0) for piece in range(parts) for size in (16, 4)]
+
+
 # ------------------------------------------------------------------------------------------------ batches
 def test_batches_pair_the_sets_and_pass_over_each_in_shuffles() -> None:
     lm = build_toy()
@@ -414,6 +460,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mdu": {"options": {"anchor": "ema"}},
     "whp": {},
     "adaptive-rmu": {},
+    "dpo": {"parts": 2},
     "kl": {"rank": 0, "learning_rate": 1e-3},
     "graddiff": {"early_stop": 1e3, "evaluate_every": 2},
 }
@@ -553,6 +600,30 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(one, other) for one, other in zip(tensors(whole), tensors(resumed), strict=True))
 
 
+def test_a_loss_of_a_later_piece_that_is_not_finite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its row is named, no weight moves in that step, and no gradient is left for the next run."""
+    lm, config = build_toy(), config_of("npo", parts=2, rank=0, learning_rate=1e-3)
+    dealer = Dealer(lm, prepare_rows(lm, FORGET, RETAIN, (), config), config, "npo", config.noise, False, True)
+    genuine, kept = Phase._step, []
+
+    def step(self: Phase, *arguments: Any) -> dict[str, float]:
+        before = self.trained.copy()
+        try:
+            return genuine(self, *arguments)
+        except RemaskError:
+            kept.append(all(torch.equal(value, before[name]) for name, value in self.trained.copy().items()))
+            raise
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Phase, "_step", step)
+        patch.setitem(METHODS, "npo", poisoned("npo", 4, "loss"))  # step 2, piece 2
+        with pytest.raises(RemaskError, match=rf"step 2: the loss of rows {dealer.names(1)[0][1]} is not finite"):
+            unlearn(lm, FORGET, RETAIN, config, tmp_path / "failed")
+    assert kept == [True] and all(parameter.grad is None for parameter in lm.model.parameters())
+    again, fresh = (unlearn(m, FORGET, RETAIN, config, tmp_path / name) for name, m in (("again", lm), ("new", build_toy())))
+    assert all(torch.equal(one, other) for one, other in zip(tensors(again), tensors(fresh), strict=True))
+
+
 def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "ga", poisoned("ga", 1, "loss"))
     with pytest.raises(RemaskError, match="no checkpoint yet"):
@@ -576,6 +647,7 @@ def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(tmp_path: Pat
         ({"method": "npo", "reference": "toy"}, "reads no reference model"),
         ({"method": "mdu", "settings": {"options": {"anchor": "never-trained"}}, "reference": "golden"}, "another vocabulary"),
         ({"method": "rmu", "settings": {"options": {"layer": 9}}}, "layer 9 is outside"),
+        ({"settings": {"parts": 3}}, "batch_size 2 must be a multiple of the 3 pieces"),
     ],
 )
 def test_bad_input_is_refused(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
@@ -606,12 +678,13 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         ({"method": "npo", "options": {"tau": 1}}, "npo has no option 'tau'"),
         ({"method": "npo", "options": {"beta": -1}}, "beta"),
         ({"method": "graddiff", "retain": "none"}, "made of its retain term"),
+        ({"method": "mdu", "options": {"mean": "token"}, "parts": 2}, "leave parts at 1, or set mean=row"),
     ],
 )
 def test_bad_settings_are_refused(settings: dict[str, Any], sentence: str) -> None:
     with pytest.raises(RemaskError, match=sentence):
         UnlearnConfig(**settings)
-    for wrong in ({"tails": (0.5, 0.5, 0.5)}, {"steps": 0}, {"momentum": 1}, {"retain": "all"}):
+    for wrong in ({"tails": (0.5, 0.5, 0.5)}, {"steps": 0}, {"parts": 0}, {"momentum": 1}, {"retain": "all"}):
         with pytest.raises(ValueError):
             UnlearnConfig(method="npo", **wrong)
 
@@ -636,25 +709,27 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from test_unlearn import SHARED_CASES, assert_refused, kill_and_resume, run_shared
+from test_unlearn import SHARED_CASES, assert_averaged_once, assert_refused, kill_and_resume, run_shared
 for name in SHARED_CASES:
     run_shared(name, Path({out!r}) / name)
 kill_and_resume("npo split", Path({out!r}) / "killed")
+assert_averaged_once(Path({out!r}) / "averaged")
 assert_refused(Path({out!r}) / "refused")
 """
 SHARED_CASES: dict[str, dict[str, Any]] = {
     "npo": {"early_stop": 1e3},
-    "dpo": {},
+    "dpo": {"parts": 2},
     "adaptive-rmu": {},
     "whp": {"gradient_checkpointing": True},
     "kl": {"rank": 0, "learning_rate": 1e-3},
-    "npo split": {"shard": True, "early_stop": 1e3, "gradient_checkpointing": True, "checkpoint_every": 1},
+    "npo split": {"shard": True, "parts": 2, "early_stop": 1e3, "gradient_checkpointing": True, "checkpoint_every": 1},
     "rmu split": {"shard": True, "rank": 1},
 }
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("npo", {"batch_size": 3}, "batch_size 3 must be a multiple of the 2 processes"),
+    ("npo", {"parts": 2}, "batch_size 2 must be a multiple of the 4 pieces"),
     ("whp", {"shard": True}, "does not run split"),
     ("mdu", {"shard": True, "options": {"anchor": "ema"}}, "does not run split"),
     ("mdu", {"shard": True, "options": {"states": "generated"}}, "does not run split"),
@@ -668,10 +743,27 @@ def assert_refused(out: Path) -> None:
             run(out, method, **settings)
 
 
+def assert_averaged_once(out: Path) -> None:
+    """Processes average the gradient once a step, however many parts it is made of."""
+    averaged: list[bool] = []
+
+    def wrap(self: Adapters, objective: nn.Module, accelerator: Any) -> nn.Module:
+        wrapped = accelerator.prepare_model(objective)
+        wrapped.register_comm_hook(
+            None, lambda group, bucket: averaged.append(bucket.is_last()) or allreduce_hook(group, bucket)
+        )
+        return wrapped
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Adapters, "wrap", wrap)
+        run(out, "npo", batch_size=4, parts=2)
+    assert sum(averaged) == SMALL["steps"]
+
+
 def run_shared(name: str, out: Path, *, alone: bool = False, resume: bool = False) -> WeightEdit:
     method, settings = name.split()[0], SHARED_CASES[name]
     if alone:
-        settings = {key: value for key, value in settings.items() if key != "shard"}
+        settings = {key: value for key, value in settings.items() if key not in ("shard", "parts")}
     config = config_of(method, steps=4, batch_size=4, evaluate_every=2, **{"rank": 2, **settings})
     return unlearn(build_toy(), FORGET, FACTS[4:], config, out, resume=resume)
 
@@ -700,7 +792,7 @@ def launch(script: Path) -> subprocess.CompletedProcess[bytes]:
 
 
 def test_two_processes_take_the_steps_of_one(tmp_path: Path) -> None:
-    """Data-parallel and with split weights: losses, curve, result, a resumed run, and what is refused."""
+    """Data-parallel and with split weights, some in parts: losses, curve, result, a resumed run, and what is refused."""
     out = tmp_path / "two"
     (tmp_path / "shared.py").write_text(SHARED.format(tests=str(Path(__file__).parent), out=str(out)), "utf-8")
     ran = launch(tmp_path / "shared.py")

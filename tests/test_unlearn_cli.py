@@ -51,7 +51,7 @@ def test_every_published_method_is_listed_with_its_options(remask: Remask) -> No
     assert listed["graddiff"]["needs_retain"] and not listed["ga"]["needs_retain"]
     helped = remask("unlearn", "--help").out
     assert all(name in helped for name in PUBLISHED)
-    assert "beta=0.1" in helped and "early_stop=None" in helped
+    assert "beta=0.1" in helped and "early_stop=None" in helped and "parts=1" in helped
 
 
 @pytest.mark.parametrize("method", ["npo", "mdu", "rmu", "memit"])

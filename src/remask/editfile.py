@@ -12,6 +12,7 @@ from .errors import RemaskError
 from .tensorfile import read_tensors, write_tensors
 
 FORMAT = 3
+EDIT = "edit.safetensors"  # name of the file in a folder of `remask unlearn` and in a repository of edits
 
 
 def write_edit(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -161,6 +161,16 @@ def write_atomically(path: str | Path, data: bytes) -> None:
         raise
 
 
+def write_json(path: str | Path, value: Any, *, indent: int | None = 1, allow_nan: bool = True) -> None:
+    """Write `value` as JSON in UTF-8 with a newline at its end, atomically.
+
+    Raises:
+        ValueError: a number that is not finite, unless they are allowed.
+    """
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=allow_nan)
+    write_atomically(path, f"{text}\n".encode())
+
+
 def token_span(offsets: Sequence[tuple[int, int]], start: int, end: int) -> tuple[int, int]:
     """Half-open token range that covers the characters [start, end).
 

@@ -16,11 +16,10 @@ from .common import (
     Model,
     RunGroup,
     SiteOption,
-    console,
     load_options_of,
     only_one,
-    print_json,
     progress,
+    show,
     strength_of,
     torchrun,
 )
@@ -100,14 +99,7 @@ def audit_run(
         text=text,
     )
     result = run_benchmark(config, out, data, console=progress, load_options=load_options_of(load_options))
-    if result is None:  # not the first process
-        return
-    if as_json:
-        print_json(result)
-        return
-    for part in audit_tables(result):
-        console.print(part)
-    progress.print(f"page: {out / 'index.html'}; every number: {out / 'records.jsonl'}")
+    show(result, audit_tables, as_json, f"page: {out / 'index.html'}; every number: {out / 'records.jsonl'}")
 
 
 @audit_app.command("diff")
@@ -120,12 +112,7 @@ def audit_diff(
     from ..experiments.diffs import diff_audits
     from ..reporting.tables import diff_tables
 
-    result = diff_audits(first, second)
-    if as_json:
-        print_json(result)
-        return
-    for table in diff_tables(result):
-        console.print(table)
+    show(diff_audits(first, second), diff_tables, as_json)
 
 
 def _level(text: str) -> Any:

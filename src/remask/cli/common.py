@@ -6,11 +6,12 @@ import contextlib
 import json
 import math
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from typer.core import TyperGroup
 
 from ..errors import RemaskError
@@ -99,6 +100,19 @@ def only_one(layer: int | None, site: str | None) -> None:
     """Refuse `--layer` with `--site`."""
     if layer is not None and site is not None:
         raise RemaskError("--layer and --site both say where to edit; give one of them")
+
+
+def show(result: Any, tables: Callable[[Any], Iterable[RenderableType]], as_json: bool, files: str = "") -> None:
+    """Print what was found: for machines, or as tables and where the files are. A process that found nothing is silent."""
+    if result is None:  # not the first process
+        return
+    if as_json:
+        print_json(result)
+        return
+    for table in tables(result):
+        console.print(table)
+    if files:
+        progress.print(files)
 
 
 def print_json(data: Any) -> None:

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from ..errors import RemaskError
-from .common import Facts, Json, Load, Model, RunGroup, console, load_options_of, print_json, progress, torchrun
+from .common import Facts, Json, Load, Model, RunGroup, load_options_of, progress, show, torchrun
 
 trace_app = typer.Typer(
     cls=RunGroup,
@@ -112,14 +112,7 @@ def trace_run(
         bfloat16=precision == "bf16",
     )
     record = run_trace(job, out, progress, load_options_of(load_options), shlex.join(["remask", *sys.argv[1:]]))
-    if record is None:  # not the first process
-        return
-    if as_json:
-        print_json(record)
-        return
-    for part in trace_tables(record):
-        console.print(part)
-    progress.print(f"page: {out / 'index.html'}; raw effects: {out / 'trace.safetensors'}")
+    show(record, trace_tables, as_json, f"page: {out / 'index.html'}; raw effects: {out / 'trace.safetensors'}")
 
 
 @trace_app.command("diff")
@@ -131,12 +124,12 @@ def trace_diff(
     """The largest differences of two traces; refuses other facts, models, protocols and estimands."""
     from ..experiments.tracing import diff_traces
 
-    result = diff_traces(first, second)
-    if as_json:
-        print_json(result)
-        return
+    show(diff_traces(first, second), _differences, as_json)
+
+
+def _differences(result: dict[str, Any]) -> list[Table | str]:
+    """One line a tensor, and what the differences are to be compared with."""
     table = Table("tensor", "largest difference", title=f"{' against '.join(result['modes'])}, {result['rows']} rows")
     for name, value in result["largest"].items():
         table.add_row(name, f"{value:.2g}")
-    console.print(table)
-    console.print(f"the largest effect is {result['scale']:.3g} nats")
+    return [table, f"the largest effect is {result['scale']:.3g} nats"]

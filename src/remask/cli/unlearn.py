@@ -59,8 +59,9 @@ def unlearn(
     for name, value in (("MODEL", model), ("--method", method), ("--forget", forget), ("--out", out)):
         if value is None:
             raise RemaskError(f"{name} is missing; `remask unlearn --help` shows how to call it, --list the methods")
+    from ..editfile import EDIT
     from ..experiments.unlearning import UnlearnJob, run_unlearn
-    from ..unlearning.unlearn import EDIT, LOG
+    from ..unlearning.unlearn import LOG
 
     assert model is not None and method is not None and forget is not None and out is not None
     chosen = pairs_of("--set", settings) | {"seed": seed}

@@ -9,7 +9,7 @@ name that the model never met, as the model itself represents it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 import torch
@@ -41,6 +41,28 @@ class Captured:
             object.__setattr__(self, "counts", torch.ones(len(self.keys)))
         if not len(self.lost):
             object.__setattr__(self, "lost", torch.zeros(len(self.keys), 2))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Captured]) -> Captured:
+        """The rows of all parts, in their order; owners stay as they are."""
+        return cls(*(torch.cat([getattr(part, column.name) for part in parts]) for column in fields(cls)))
+
+    def of_facts(self, order: Sequence[int]) -> Captured:
+        """The rows of these facts, which are numbered anew in this order; the rows of a fact keep theirs."""
+        place = torch.full((self._facts,), len(order))
+        place[list(order)] = torch.arange(len(order))
+        owner = place[self.owner]
+        rows = owner.argsort(stable=True)[: int((owner < len(order)).sum())]
+        return Captured(self.keys[rows], self.deltas[rows], owner[rows], self.counts[rows], self.lost[rows])
+
+    def weights(self, balance: float) -> Tensor:
+        """How much each row counts, [n]: its count times (mean keys a fact / keys of its fact) ** balance; of mean 1 a key."""
+        held = torch.zeros(self._facts).index_add_(0, self.owner, self.counts)
+        return self.counts * (held.mean() / held)[self.owner] ** balance
+
+    @property
+    def _facts(self) -> int:
+        return len(self.owner.bincount())
 
 
 def site_output(lm: MaskedDiffusionLM, site: Site, ids: Tensor) -> Tensor:

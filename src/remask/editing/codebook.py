@@ -13,47 +13,38 @@ between layers and models. Keys are never merged, so facts do not depend on the 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..backbones.model import Encoded, MaskedDiffusionLM, Site
-from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact
 from .build import capture_facts, in_order
 from .capture import capture_keys, capture_subject
 from .config import MemoryConfig
 from .shift import CodebookShift, Shift
-from .site import SiteEdit
+from .site import KeyedEdit
 
 CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0, compress=0)
 _BLOCK = 64  # keys whose distances are in memory at a time
 
 
 @dataclass
-class Codebook(SiteEdit):
-    """Keys with a delta and a radius each.
+class Codebook(KeyedEdit):
+    """Keys with a delta and a radius each; the fields of `KeyedEdit` and these.
 
     Attributes:
-        config: how keys and deltas were captured; its solver settings are not used. site: where it acts.
-        fact_ids: sorted.
-        keys, deltas: [n, d] fp32; owner: index into `fact_ids` of each row, [n]; radii: [n], in the units of residuals.
+        config: how keys and deltas were captured; its solver settings are not used.
+        radii: [n], in the units of residuals.
         model: fingerprint of the model that it was captured on.
         quantile: of the distances to retain keys that the radii come from.
         alpha: strength; radii do not depend on it.
     """
 
-    config: MemoryConfig
-    site: Site
-    fact_ids: tuple[str, ...]
-    keys: Tensor
-    deltas: Tensor
-    owner: Tensor
     radii: Tensor
     model: str
     quantile: float = 0.0
@@ -129,42 +120,12 @@ class Codebook(SiteEdit):
             "config": asdict(self.config),
         }
 
-    def save(self, path: str | Path) -> None:
-        """Write an edit file, atomically."""
-        header = {
-            "model": self.model,
-            "site": self.site.to_dict(),
-            "config": asdict(self.config),
-            "quantile": self.quantile,
-            "alpha": self.alpha,
-            "fact_ids": list(self.fact_ids),
-        }
-        tensors = {"keys": self.keys, "deltas": self.deltas, "owner": self.owner, "radii": self.radii}
-        write_edit(path, self.kind, header, tensors)
+    def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {"quantile": self.quantile}, {"radii": self.radii}
 
     @classmethod
-    def load(cls, path: str | Path) -> Codebook:
-        """Read a codebook file.
-
-        Raises:
-            RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
-        """
-        header, tensors = read_edit(path, cls.kind)
-        try:
-            return cls(
-                MemoryConfig(**header["config"]),
-                Site.from_dict(header["site"]),
-                tuple(header["fact_ids"]),
-                tensors["keys"],
-                tensors["deltas"],
-                tensors["owner"],
-                tensors["radii"],
-                header["model"],
-                header["quantile"],
-                header["alpha"],
-            )
-        except (KeyError, TypeError, ValueError, RemaskError) as error:
-            raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
+    def _own_fields(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        return {"quantile": header["quantile"], "radii": tensors["radii"]}
 
 
 def deferral_radii(keys: Tensor, deltas: Tensor, owner: Tensor, retain: Tensor, quantile: float = 0.0) -> Tensor:

@@ -14,18 +14,16 @@ from which facts were removed is the one that never held them, bit for bit.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..backbones.model import MaskedDiffusionLM, Site
-from ..editfile import read_edit, write_edit
 from ..errors import RemaskError
 from ..facts import Fact
 from .build import capture_facts, capture_retain, fact_hash, in_order, shortened
@@ -33,169 +31,73 @@ from .calibrate import calibrate
 from .capture import Captured
 from .compress import lost_share
 from .config import PRESETS, MemoryConfig
-from .kernel import KernelSolution, solve_kernel
+from .kernel import KernelSolution
+from .readout import READOUTS, Readout, require_retained
 from .retained import Retained, pooled
-from .shift import GatedShift, KernelShift, LinearShift, Shift, SoftmaxShift, TopShift, WhitenedShift
-from .site import SiteEdit
-from .solve import Solution, solve_readout, whitening
+from .shift import Shift
+from .site import KeyedEdit
+from .solve import Solution
+
+_RETAINED = ("mean", "moment", "keys")  # of the retain set, in a file
 
 
 @dataclass
-class EditMemory(SiteEdit):
+class EditMemory(KeyedEdit):
     """A solved collection of edits at one site; a value that can be attached, saved, and have facts added and removed.
 
+    It has the fields of `KeyedEdit`, with rows and hashes in the order of `fact_ids`, and these.
+
     Attributes:
-        config: how it was captured and solved; site: where.
-        fact_ids: sorted; hashes: of each fact's texts, "" where unknown.
-        keys, deltas: [n, d] fp32; owner: index into `fact_ids` of each row, [n].
+        config: how it was captured and solved.
         model: fingerprint of the model that it was captured on.
         alpha: strength.
         retained: of the retain set; None without one.
+        hashes: of each fact's texts, "" where unknown.
         counts, lost: of compressed keys, as in `Captured`; [n] and [n, 2].
     """
 
-    config: MemoryConfig
-    site: Site
-    fact_ids: tuple[str, ...]
-    keys: Tensor
-    deltas: Tensor
-    owner: Tensor
     model: str
     alpha: float = 1.0
     retained: Retained | None = None
     hashes: tuple[str, ...] = ()
     counts: Tensor = field(default_factory=lambda: torch.empty(0))
     lost: Tensor = field(default_factory=lambda: torch.empty(0))
-    solution: Solution | KernelSolution | None = field(init=False)
+    _readout: Readout = field(init=False, repr=False)
     kind = "edit memory"
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or ("",) * len(self.fact_ids)
-        whole = Captured(self.keys, self.deltas, self.owner, self.counts, self.lost)
-        self.counts, self.lost = whole.counts, whole.lost
-        self._check()
-        self._sort()
+        require_retained(self.retained, self.config)
+        self._check(self.captured)
+        order = sorted(range(len(self.fact_ids)), key=self.fact_ids.__getitem__)
+        self.fact_ids, self.hashes = _picked(self.fact_ids, order), _picked(self.hashes, order)
+        vars(self).update(vars(self.captured.of_facts(order)))
         if not self.deltas.any():
             raise RemaskError("every delta is zero: the target equals what the model does anyway, so there is nothing to write")
         if self.config.readout == "gated" and len(self.keys) != 1:
             raise RemaskError(f"the gated edit holds one key, not {len(self.keys)}; use preset 'paper' for several facts")
-        self.solution = self._solve()
+        self._readout = READOUTS[self.config.readout](self.captured, self.retained, self.config)
 
-    def _check(self) -> None:
+    def _check(self, rows: Captured) -> None:
         """Refuse parts that do not fit together, and numbers that are not finite."""
-        n, d = self.keys.shape
-        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"keys": (self.keys, (n, d)), "deltas": (self.deltas, (n, d))}
-        tensors |= {"counts": (self.counts, (n,)), "losses": (self.lost, (n, 2))}
-        looked_up = self.config.keeps_keys
-        if self.retained is not None:
-            kept, m = self.retained, len(self.retained.keys)
-            least = min(kept.count, self.config.retain_keys) if looked_up else 0
-            if not least <= m <= (kept.count if looked_up else 0):
-                raise RemaskError(f"the readout {self.config.readout!r} does not fit the {m} retain keys of the memory")
-            tensors |= {
-                "retain mean": (kept.mean, (d,)),
-                "retain moment": (kept.moment, (d, d)),
-                "retain keys": (kept.keys, (m, d)),
-            }
-        elif looked_up or self.config.whiten:
-            what = "whitening" if self.config.whiten else f"the readout {self.config.readout!r}"
-            raise RemaskError(f"{what} needs retain keys; build the memory with retain facts")
+        (n, d), kept = rows.keys.shape, self.retained
+        tensors: dict[str, tuple[Tensor, tuple[int, ...]]] = {"keys": (rows.keys, (n, d)), "deltas": (rows.deltas, (n, d))}
+        tensors |= {"counts": (rows.counts, (n,)), "losses": (rows.lost, (n, 2))}
+        if kept is not None:
+            tensors |= {"retain mean": (kept.mean, (d,)), "retain moment": (kept.moment, (d, d))}
+            tensors |= {"retain keys": (kept.keys, (len(kept.keys), d))}
         for name, (tensor, shape) in tensors.items():
             if tensor.shape != shape:
                 raise RemaskError(f"{name}: shape {list(tensor.shape)} where {list(shape)} is needed")
             if not tensor.isfinite().all():
                 raise RemaskError(f"{name}: not every number is finite; choose a site where the model's residuals are")
-        if (self.counts < 1).any() or (self.lost < 0).any():
+        if (rows.counts < 1).any() or (rows.lost < 0).any():
             raise RemaskError("a row stands for at least one key and hides no less than nothing of it")
-        count, owners = len(self.fact_ids), self.owner.tolist()
+        count, owners = len(self.fact_ids), rows.owner.tolist()
         if len(owners) != n or set(owners) != set(range(count)) or not count == len(set(self.fact_ids)) == len(self.hashes):
             raise RemaskError("every row must belong to a fact, and every fact needs a row, a hash and an id of its own")
         if not math.isfinite(self.alpha):
             raise RemaskError(f"alpha must be a finite number, not {self.alpha}")
-
-    def _sort(self) -> None:
-        """Rows and facts in the order of fact ids; the rows of a fact keep their order."""
-        order = sorted(range(len(self.fact_ids)), key=self.fact_ids.__getitem__)
-        place = torch.empty(len(order), dtype=torch.long)
-        place[order] = torch.arange(len(order))
-        rows = place[self.owner].argsort(stable=True)
-        self.fact_ids = tuple(self.fact_ids[i] for i in order)
-        self.hashes = tuple(self.hashes[i] for i in order)
-        self.keys, self.deltas, self.owner = self.keys[rows], self.deltas[rows], place[self.owner][rows]
-        self.counts, self.lost = self.counts[rows], self.lost[rows]
-
-    @property
-    def weights(self) -> Tensor:
-        """How much each row counts in the solve, [n]: the keys that it stands for, balanced over facts; of mean 1 a key."""
-        held = torch.zeros(len(self.fact_ids)).index_add_(0, self.owner, self.counts)
-        return self.counts * (held.mean() / held)[self.owner] ** self.config.balance
-
-    @cached_property
-    def centre(self) -> Tensor:
-        """What is subtracted from keys and residuals, [d]."""
-        if not self.config.centre:
-            return torch.zeros(self.keys.shape[1])
-        return self.keys.mean(0) if self.retained is None else self.retained.mean
-
-    @cached_property
-    def _whitening(self) -> Tensor | None:
-        """What keys and residuals are multiplied by, [d, d] fp64; None where they stay as they are."""
-        if not self.config.whiten or self.retained is None:
-            return None
-        return whitening(self.retained.mean, self.retained.moment)
-
-    def _framed(self, centre: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        """Centre and rows as the readout sees them: as they are or, whitened, from the centre as origin."""
-        if self._whitening is None:
-            return centre, *rows
-        return torch.zeros_like(centre), *((part.double() - centre.double()) @ self._whitening for part in rows)
-
-    def _reading(self, inner: Shift, centre: Tensor) -> Shift:
-        """The shift for residuals of the model, from one for residuals as the readout sees them."""
-        return inner if self._whitening is None else WhitenedShift(inner, self._whitening, centre)
-
-    def _solve(self) -> Solution | KernelSolution | None:
-        """The system's solution; None where nothing is solved: retrieval and the single gate."""
-        config, kept = self.config, self.retained
-        if config.readout == "kernel":
-            assert kept is not None
-            centre, keys, quiet = self._framed(kept.mean, self.keys, kept.keys)
-            return solve_kernel(
-                keys,
-                self.deltas,
-                self.weights,
-                quiet,
-                centre,
-                beta=config.beta,
-                mu=config.mu,
-                ridge=config.ridge,
-                landmarks=config.landmarks,
-            )
-        return self._solve_ridge() if config.readout == "ridge" else None
-
-    def _solve_ridge(self) -> Solution:
-        moment = None
-        if self.config.mu > 0 and self.retained is not None:
-            moment = self.retained.moment
-            if self.config.centre:  # E[(r - c)(r - c)^T] with c the mean of r
-                moment = moment.double() - torch.outer(self.centre.double(), self.centre.double())
-        keys = self.keys - self.centre
-        if not keys.any():
-            raise RemaskError(
-                "centring leaves nothing of the keys: all are equal; set centre=False, or mu > 0 with retain facts"
-            )
-        white = self._whitening
-        if white is not None:
-            keys, moment = keys.double() @ white, None if moment is None else white @ moment.double() @ white
-        solution = solve_readout(
-            keys,
-            self.config.ridge,
-            relative=self.config.relative,
-            retain_moment=moment,
-            mu=self.config.mu,
-            weights=self.weights,
-        )
-        return solution if white is None else replace(solution, readout=(solution.readout.double() @ white).float())
 
     @classmethod
     def build(
@@ -232,53 +134,48 @@ class EditMemory(SiteEdit):
             retained = Retained.of(capture_retain(lm, retain, site, config), config)
         ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
         strength = 1.0 if alpha == "calibrated" else alpha
-        parts = (captured.keys, captured.deltas, captured.owner)
-        rows = captured.counts, captured.lost
-        memory = cls(config, site, ids, *parts, lm.fingerprint(), strength, retained, hashes, *rows)
+        memory = cls(
+            config=config,
+            site=site,
+            fact_ids=ids,
+            model=lm.fingerprint(),
+            alpha=strength,
+            retained=retained,
+            hashes=hashes,
+            **vars(captured),
+        )
         if alpha != "calibrated":
             return memory
         return calibrate(lm, memory, [lm.encode(fact) for fact in facts], level)
 
     # ---------------------------------------------------------------- acting
+    @property
+    def captured(self) -> Captured:
+        """Its rows."""
+        return Captured(self.keys, self.deltas, self.owner, self.counts, self.lost)
+
+    @property
+    def weights(self) -> Tensor:
+        """How much each row counts in the solve, [n], as `Captured.weights`; of mean 1 a key."""
+        return self._readout.weights
+
+    @property
+    def solution(self) -> Solution | KernelSolution | None:
+        """Of the system; None where nothing is solved: retrieval and the single gate."""
+        return self._readout.solution
+
     def shift(self) -> Shift:
         """What the memory adds to a residual, strength included."""
-        if isinstance(self.solution, KernelSolution):
-            assert self.retained is not None
-            solved, mean = self.solution, self.retained.mean
-            (centre,) = self._framed(mean)
-            return self._reading(KernelShift(solved.landmarks, solved.values * self.alpha, self.config.beta, centre), mean)
-        if isinstance(self.solution, Solution):
-            return self._ridge_shift(self.solution.readout)
-        return self._softmax_shift() if self.config.readout == "softmax" else self._gated_shift()
-
-    def _ridge_shift(self, readout: Tensor) -> Shift:
-        if self.config.q == 1:
-            return LinearShift(readout.double().T @ self.deltas.double() * self.alpha, self.centre)
-        count = -(-int(self.config.q * len(readout) * 1_000_000) // 1_000_000)  # ceil without float dust
-        return TopShift(readout, self.deltas * self.alpha, max(1, count), self.centre)
-
-    def _softmax_shift(self) -> Shift:
-        assert self.retained is not None
-        kept = self.retained.keys
-        keys = torch.cat([self.keys, kept])
-        values = torch.cat([self.deltas * self.alpha, torch.zeros_like(kept)])
-        weights = torch.cat([self.weights, torch.full((len(kept),), self.retained.count / len(kept))])
-        origin = self.centre if self.config.centre else keys.mean(0)
-        centre, keys = self._framed(origin, keys)
-        return self._reading(SoftmaxShift(keys, values, weights, self.config.beta, centre), origin)
-
-    def _gated_shift(self) -> Shift:
-        key = self.keys[0]
-        eps = self.config.ridge * (float(key.square().sum()) if self.config.relative else 1.0)
-        return GatedShift(key, self.deltas[0] * self.alpha, eps, self.config.cap)
+        return self._readout.shift(self.alpha)
 
     def _tensors(self) -> list[Tensor]:
         return list(self.shift().buffers())
 
     def with_alpha(self, alpha: float) -> EditMemory:
         """The same memory at another strength; nothing is solved again."""
-        other = object.__new__(EditMemory)
-        other.__dict__.update(self.__dict__ | {"alpha": alpha})
+        other = copy.copy(self)
+        other.alpha = alpha
+        vars(other).pop("_fingerprint", None)  # what is cached is of the old strength
         return other
 
     def __mul__(self, factor: float) -> EditMemory:
@@ -331,8 +228,7 @@ class EditMemory(SiteEdit):
         both = sorted(set(self.fact_ids) & set(other.fact_ids))
         if both:
             raise RemaskError(f"both memories hold fact {both[0]!r}; remove it from one of them first")
-        captured = Captured(other.keys, other.deltas, other.owner, other.counts, other.lost)
-        return self._with(captured, other.fact_ids, other.hashes, pooled(self.retained, other.retained))
+        return self._with(other.captured, other.fact_ids, other.hashes, pooled(self.retained, other.retained))
 
     def __add__(self, other: EditMemory) -> EditMemory:
         return self.merge(other)
@@ -340,11 +236,10 @@ class EditMemory(SiteEdit):
     def _with(
         self, more: Captured, ids: tuple[str, ...], hashes: tuple[str, ...], retained: Retained | None = None
     ) -> EditMemory:
-        keys, deltas = torch.cat([self.keys, more.keys]), torch.cat([self.deltas, more.deltas])
-        owner = torch.cat([self.owner, more.owner + len(self.fact_ids)])
-        names, marks = self.fact_ids + ids, self.hashes + hashes
-        kept, rows = retained or self.retained, (torch.cat([self.counts, more.counts]), torch.cat([self.lost, more.lost]))
-        return EditMemory(self.config, self.site, names, keys, deltas, owner, self.model, self.alpha, kept, marks, *rows)
+        """These facts too; their rows are numbered from 0."""
+        rows = Captured.joined([self.captured, replace(more, owner=more.owner + len(self.fact_ids))])
+        names, marks, kept = self.fact_ids + ids, self.hashes + hashes, retained or self.retained
+        return replace(self, fact_ids=names, hashes=marks, retained=kept, **vars(rows))
 
     def remove(self, *fact_ids: str) -> EditMemory:
         """A memory without these facts: equal to one that never held them; nothing of theirs is kept.
@@ -358,23 +253,8 @@ class EditMemory(SiteEdit):
         left = [i for i, name in enumerate(self.fact_ids) if name not in fact_ids]
         if not left:
             raise RemaskError("removing every fact leaves no memory; detach it or delete its file instead")
-        keep = torch.isin(self.owner, torch.tensor(left))
-        renumber = torch.full((len(self.fact_ids),), -1)
-        renumber[left] = torch.arange(len(left))
-        return EditMemory(
-            self.config,
-            self.site,
-            tuple(self.fact_ids[i] for i in left),
-            self.keys[keep],
-            self.deltas[keep],
-            renumber[self.owner[keep]],
-            self.model,
-            self.alpha,
-            self.retained,
-            tuple(self.hashes[i] for i in left),
-            self.counts[keep],
-            self.lost[keep],
-        )
+        names, marks = _picked(self.fact_ids, left), _picked(self.hashes, left)
+        return replace(self, fact_ids=names, hashes=marks, **vars(self.captured.of_facts(left)))
 
     def describe(self) -> dict[str, Any]:
         """Preset, site, strength, size, conditioning, and what compression has lost of keys and deltas (shares)."""
@@ -391,48 +271,21 @@ class EditMemory(SiteEdit):
         }
 
     # ---------------------------------------------------------------- file form
-    def save(self, path: str | Path) -> None:
-        """Write an edit file, atomically."""
-        tensors = {name: getattr(self, name) for name in ("keys", "deltas", "owner", "counts", "lost")}
+    def _own_parts(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        tensors, count = {"counts": self.counts, "lost": self.lost}, 0
         if self.retained is not None:
-            tensors |= {f"retain_{name}": getattr(self.retained, name) for name in ("mean", "moment", "keys")}
-        header = {
-            "model": self.model,
-            "site": self.site.to_dict(),
-            "config": asdict(self.config),
-            "alpha": self.alpha,
-            "fact_ids": list(self.fact_ids),
-            "hashes": list(self.hashes),
-            "retain_count": 0 if self.retained is None else self.retained.count,
-        }
-        write_edit(path, self.kind, header, tensors)
+            count = self.retained.count
+            tensors |= {f"retain_{name}": getattr(self.retained, name) for name in _RETAINED}
+        return {"hashes": list(self.hashes), "retain_count": count}, tensors
 
     @classmethod
-    def load(cls, path: str | Path) -> EditMemory:
-        """Read a memory file.
+    def _own_fields(cls, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        retained = None
+        if header["retain_count"]:
+            retained = Retained(int(header["retain_count"]), *(tensors[f"retain_{name}"] for name in _RETAINED))
+        hashes = tuple(header["hashes"])
+        return {"retained": retained, "hashes": hashes, "counts": tensors["counts"], "lost": tensors["lost"]}
 
-        Raises:
-            RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
-        """
-        header, tensors = read_edit(path, cls.kind)
-        try:
-            retained = None
-            if header["retain_count"]:
-                mean, moment, keys = (tensors[f"retain_{name}"] for name in ("mean", "moment", "keys"))
-                retained = Retained(int(header["retain_count"]), mean, moment, keys)
-            return cls(
-                MemoryConfig(**header["config"]),
-                Site.from_dict(header["site"]),
-                tuple(header["fact_ids"]),
-                tensors["keys"],
-                tensors["deltas"],
-                tensors["owner"],
-                header["model"],
-                header["alpha"],
-                retained,
-                tuple(header["hashes"]),
-                tensors["counts"],
-                tensors["lost"],
-            )
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RemaskError) as error:
-            raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
+
+def _picked(names: Sequence[str], order: Sequence[int]) -> tuple[str, ...]:
+    return tuple(names[i] for i in order)

@@ -6,7 +6,6 @@ nothing that was trained on.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -19,7 +18,7 @@ from matplotlib.figure import Figure
 from ..backbones import MaskedDiffusionLM, save_pretrained
 from ..backbones.adapt import adapt_model
 from ..errors import RemaskError
-from ..facts import Fact, read_jsonl, write_atomically
+from ..facts import Fact, read_jsonl, write_atomically, write_json
 from ..figures import png
 from ..random import numpy_generator
 from ..unlearning.adapting import RATES, AdaptConfig, train_adapted
@@ -104,7 +103,7 @@ def adapt(
         "held_out_groups": len(held_out),
         **log,
     }
-    write_atomically(out / "adapt.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / "adapt.json", record)
     write_atomically(out / "curve.png", png(curve_figure(record)))
     checkpoint.unlink()
     return record

@@ -44,7 +44,7 @@ from ..evaluation.summary import (
     utilities,
 )
 from ..evaluation.tasks import Precision
-from ..facts import Fact, write_atomically
+from ..facts import Fact, write_atomically, write_json
 from ..figures import png
 from ..random import digest
 from ..reporting.audit import audit_figures, audit_page
@@ -189,7 +189,7 @@ def run_benchmark(
     records = [record for part in run_cells(cells, benchmark.name, folder) for record in part]
     if not config.text:
         records = [record for record in records if record.metric != "output"]
-    write_atomically(out / "audit.json", _json(builder.header(edits, plan)))
+    write_json(out / "audit.json", builder.header(edits, plan), allow_nan=False)
     write_records(out / "records.jsonl", records)
     texts = {fact.id: (fact.prompt, fact.answer) for facts in [benchmark.forget, *benchmark.scored.values()] for fact in facts}
     return write_results(out, texts if config.text else None)
@@ -319,7 +319,7 @@ def write_results(out: Path, texts: Mapping[str, tuple[str, str]] | None = None)
     header = read_header(out)
     records = read_records(out / "records.jsonl")
     result = summarise(header, records)
-    write_atomically(out / "results.json", _json(result))
+    write_json(out / "results.json", result, allow_nan=False)
     figures = {name: png(figure) for name, figure in audit_figures(result, records).items()}
     for name, data in figures.items():
         write_atomically(out / f"{name}.png", data)
@@ -363,7 +363,3 @@ def summarise(header: Mapping[str, Any], records: list[Record]) -> dict[str, Any
         "attacks": attack_table(scores, header["attacks"]),
         "tests": tests_used(groups),
     }
-
-
-def _json(data: Mapping[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from ..evaluation.benchmarks.registry import load_benchmark
 from ..evaluation.generation import answers
 from ..evaluation.records import ESTIMATOR, write_records
 from ..evaluation.summary import LOGPROB, Scores, group_table, selectivity
-from ..facts import Fact, write_atomically
+from ..facts import Fact, write_atomically, write_json
 from ..figures import png
 from ..reporting import levels, render
 from ..reporting.html import denoising_strip
@@ -136,7 +135,7 @@ def run_demo(out: Path, console: Console) -> Scores:
         "groups": table,
         "selectivity": ratios,
     }
-    write_atomically(out / "results.json", (json.dumps(results, ensure_ascii=False, allow_nan=False) + "\n").encode())
+    write_json(out / "results.json", results, indent=None, allow_nan=False)
     console.print(f"\n[bold]{out / 'index.html'}[/] written in {time.perf_counter() - started:.0f} s")
     return scores
 

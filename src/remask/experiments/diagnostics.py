@@ -12,7 +12,6 @@ Junk rate and distance to a never-trained model are measured by `remask audit`, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from rich.console import Console
 from ..backbones import Encoded, MaskedDiffusionLM, load
 from ..backbones.intervention import Intervention, NoEdit
 from ..diffusion.masks import MaskBank
-from ..facts import load_facts, write_atomically
+from ..facts import load_facts, write_json
 from ..figures import save_figure
 from ..reporting.diagnostics import convergence_curves, signal_map, trajectory_map
 from ..unlearning.diagnostics import Convergence, Trajectory, convergence, trajectory
@@ -142,6 +141,6 @@ def _figures(found: list[Trajectory], curves: Mapping[str, Mapping[int | str, Co
 def _write(out: Path, record: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
     for stale in out.glob("trajectory-*.png"):  # of an earlier run with more facts
         stale.unlink()
-    write_atomically(out / "diagnostics.json", (json.dumps(record, ensure_ascii=False) + "\n").encode())
+    write_json(out / "diagnostics.json", record, indent=None)
     for name, figure in figures.items():
         save_figure(figure, out / f"{name}.png")

@@ -20,14 +20,13 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..backbones.model import Site
 from ..backbones.weight_edit import WeightEdit
+from ..editfile import EDIT
 from ..editing import Codebook, EditMemory, SteeringVector
 from ..errors import RemaskError
 from ..facts import write_atomically
 from .edits import load_edit
 
 Edit = EditMemory | SteeringVector | Codebook | WeightEdit
-FILE = "edit.safetensors"
-"""The edit's name in its repository."""
 _CARD = """\
 ---
 {front}---
@@ -77,7 +76,7 @@ def push_edit(
             raise RemaskError(f"{repository}: the hub takes no files without a token; run `hf auth login`, or set HF_TOKEN")
         api = HfApi(library_name="remask")
         api.create_repo(repository, private=private, exist_ok=True)
-        parts = {FILE: data, "README.md": card(edit, repository, base_model).encode()}
+        parts = {EDIT: data, "README.md": card(edit, repository, base_model).encode()}
         operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=part) for name, part in parts.items()]
         done = api.create_commit(repository, operations, commit_message=f"Upload {edit.kind}", revision=revision)
     return str(done.commit_url)
@@ -96,7 +95,7 @@ def pull_edit(repository: str, path: str | Path, *, revision: str | None = None)
     """
     with _answering(repository):
         _check(repository)
-        found = Path(hf_hub_download(repository, FILE, revision=revision, library_name="remask"))
+        found = Path(hf_hub_download(repository, EDIT, revision=revision, library_name="remask"))
     try:
         edit = load_edit(found)
     except RemaskError as error:
@@ -127,7 +126,7 @@ def card(edit: Edit, repository: str, base_model: str | None = None) -> str:
         model=edit.model or "any",
         table="\n".join(table),
         repository=repository,
-        file=FILE,
+        file=EDIT,
     )
 
 
@@ -156,7 +155,7 @@ def _answering(repository: str) -> Iterator[None]:
     except LocalEntryNotFoundError:
         raise RemaskError(f"{repository}: the hub cannot be reached and no copy is in the cache; try again online") from None
     except EntryNotFoundError:
-        raise RemaskError(f"{repository} holds no {FILE}; name a repository of `remask edit push`") from None
+        raise RemaskError(f"{repository} holds no {EDIT}; name a repository of `remask edit push`") from None
     except HFValidationError as error:
         raise RemaskError(f"{repository!r} is not an id of the form OWNER/NAME ({_first_line(error)})") from None
     except (HTTPError, OSError) as error:

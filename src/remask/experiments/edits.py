@@ -15,7 +15,7 @@ from ..backbones.intervention import Intervention, NoEdit
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..backbones.several import Several
 from ..backbones.weight_edit import WeightEdit
-from ..editfile import read_edit
+from ..editfile import EDIT, read_edit
 from ..editing.calibrate import calibrate
 from ..editing.codebook import Codebook
 from ..editing.config import PRESETS, MemoryConfig, preset
@@ -25,7 +25,6 @@ from ..editing.memory import EditMemory
 from ..editing.steering import SteeringVector, caa, mean_delta, random_layer, repe
 from ..errors import RemaskError
 from ..facts import Fact
-from ..unlearning.unlearn import EDIT
 
 BASELINES = ("mean-delta", "caa", "repe", "random-layer", "codebook")  # built with the settings of `default`
 NAMED = (*PRESETS, *BASELINES, "none")

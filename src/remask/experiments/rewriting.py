@@ -7,7 +7,6 @@ keys: `mean-delta` steers, `paper` is TimeROME-DLM's reading (one subject key a 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from ..evaluation.generation import answers
 from ..evaluation.metrics.choice import RewriteScores, rewrite_scores
 from ..evaluation.rewriting import Said, answer_accuracy, locality, rewrite_summary, said_summary
 from ..evaluation.statistics import mean_interval
-from ..facts import Fact, write_atomically
+from ..facts import Fact, write_json
 from .edits import build_edit
 
 EditName = Literal["rewrite", "mean-delta", "paper"]
@@ -152,7 +151,7 @@ def run_rewrite(
         "kept_changed": changed(kept, before, after),
     }
     if out is not None:
-        write_atomically(out, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
+        write_json(out, result)
     return result
 
 

@@ -6,7 +6,6 @@ be forgotten left out; both share the tokenizer, the seed and every hyper-parame
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +23,7 @@ from ..backbones.native import new_model, train_tokenizer
 from ..errors import RemaskError
 from ..evaluation.benchmarks.tofu import load_tofu
 from ..evaluation.generation import exact_match_rows
-from ..facts import Fact, load_facts, write_atomically
+from ..facts import Fact, load_facts, write_json
 from ..unlearning.trainer import TrainConfig, train
 
 
@@ -173,7 +172,7 @@ def teach(recipe: Recipe, out: Path, data: Path | None, *, resume: bool = False)
         "taught": {name: _rate(lm, taught_rows(lm, split, recipe.data.source)) for name, split in splits.taught.items()},
         "withheld": {name: _rate(lm, [lm.encode(fact) for fact in split]) for name, split in splits.withheld.items()},
     }
-    write_atomically(out / "teach.json", (json.dumps(log, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / "teach.json", log)
     for name in logs:
         (out / name / "checkpoint.safetensors").unlink()
         (out / name).rmdir()

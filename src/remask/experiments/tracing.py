@@ -23,7 +23,7 @@ from rich.console import Console
 
 from ..backbones import Encoded, MaskedDiffusionLM, Site, load
 from ..errors import RemaskError
-from ..facts import Fact, load_facts, write_atomically
+from ..facts import Fact, load_facts, write_atomically, write_json
 from ..figures import png, save_figure
 from ..random import digest
 from ..reporting.trace import trace_figures, trace_page
@@ -253,7 +253,7 @@ def _write(
         near.save(out / "neighbours.safetensors")
     if positions is not None:
         positions.save(out / "positions.safetensors")
-    write_atomically(out / "site.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / "site.json", record)
     named = {str(view): found for view, found in traces.items()}
     drawn = trace_figures(named, rule.weights, Site.from_dict(record), positions)
     figures = {name: png(figure) for name, figure in drawn.items()}

@@ -28,7 +28,7 @@ from ..editing.calibrate import Level, calibrate
 from ..editing.config import preset
 from ..editing.memory import EditMemory
 from ..errors import RemaskError
-from ..facts import Fact, load_facts, write_atomically
+from ..facts import Fact, load_facts, write_atomically, write_json
 from ..figures import save_figure
 from ..reporting.frontier import frontier_figure
 from .tuningbench import AXES, BANK, CONTROL, LADDER, Bench, Setting, grid, split
@@ -206,7 +206,7 @@ def run_tune(
         "frontier": found["frontier"],
         "chosen": _chosen(measured, found, job),
     }
-    write_atomically(out / "tune.json", (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / "tune.json", record)
     save_figure(frontier_figure(record), out / "frontier.png")
     return record
 

@@ -13,31 +13,42 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from ..backbones import MaskedDiffusionLM, load
 from ..backbones.weight_edit import WeightEdit
+from ..editfile import EDIT
 from ..editing.alphaedit import AlphaEditConfig, alphaedit
 from ..editing.build import in_order
 from ..editing.memit import MemitConfig, memit
 from ..editing.rome import RomeConfig, rome
 from ..errors import RemaskError
-from ..facts import Fact, load_facts, write_atomically
-from ..unlearning.objectives import METHODS
+from ..facts import Fact, load_facts, write_json
+from ..unlearning.objectives import METHODS, Method
 from ..unlearning.training.config import UnlearnConfig
-from ..unlearning.unlearn import EDIT, LOG, unlearn
+from ..unlearning.unlearn import LOG, unlearn
 
 
-class Editor(NamedTuple):
-    """A locate-then-edit method: a function of model, facts and encoded text to preserve."""
+@dataclass(frozen=True)
+class Editor:
+    """A locate-then-edit method, described by the fields that also a `Method` that trains has.
+
+    Attributes:
+        tell: a function of model, facts, encoded text to preserve, and options.
+        options: its settings.
+        retain, needs_retain, needs: as of a `Method`; the same for all editors.
+    """
 
     tell: Callable[..., WeightEdit]
-    config: type[BaseModel]
+    options: type[BaseModel]
     summary: str
     source: str
+    retain: str = "preserved keys"
+    needs_retain: bool = True
+    needs: frozenset[str] = frozenset()
 
 
 EDITORS = {
@@ -48,34 +59,29 @@ EDITORS = {
 NAMES = (*METHODS, *EDITORS)
 
 
+@dataclass(frozen=True)
+class EditorConfig:
+    """An editor by its name, with its options; what `UnlearnConfig` is for a method that trains."""
+
+    method: str
+    options: BaseModel
+
+
 def describe_methods() -> list[dict[str, Any]]:
     """Name, summary, source, what it needs, and its options with their defaults, of every method."""
-    found: list[dict[str, Any]] = []
-    for name, method in METHODS.items():
-        found.append(
-            {
-                "name": name,
-                "summary": method.summary,
-                "source": method.source,
-                "retain": method.retain,
-                "needs_retain": method.needs_retain,
-                "needs": sorted(method.needs),
-                "options": _defaults(method.options),
-            }
-        )
-    for name, editor in EDITORS.items():
-        found.append(
-            {
-                "name": name,
-                "summary": editor.summary,
-                "source": editor.source,
-                "retain": "preserved keys",
-                "needs_retain": True,
-                "needs": [],
-                "options": _defaults(editor.config),
-            }
-        )
-    return found
+    methods: dict[str, Method | Editor] = {**METHODS, **EDITORS}
+    return [
+        {
+            "name": name,
+            "summary": method.summary,
+            "source": method.source,
+            "retain": method.retain,
+            "needs_retain": method.needs_retain,
+            "needs": sorted(method.needs),
+            "options": _defaults(method.options),
+        }
+        for name, method in methods.items()
+    ]
 
 
 def trainer_options() -> dict[str, Any]:
@@ -112,7 +118,7 @@ class UnlearnJob:
             raise RemaskError(f"unknown method {self.method!r}; choose one of {', '.join(NAMES)}")
 
 
-def config_of(method: str, settings: Mapping[str, Any]) -> BaseModel:
+def config_of(method: str, settings: Mapping[str, Any]) -> UnlearnConfig | EditorConfig:
     """The method's settings, typed: those of its own options, and of the trainer for methods that train.
 
     Raises:
@@ -120,7 +126,7 @@ def config_of(method: str, settings: Mapping[str, Any]) -> BaseModel:
     """
     try:
         if method in EDITORS:
-            return EDITORS[method].config(**settings)
+            return EditorConfig(method, EDITORS[method].options(**settings))
         own = METHODS[method].options.model_fields
         options = {key: value for key, value in settings.items() if key in own}
         rest = {key: value for key, value in settings.items() if key not in own}
@@ -159,7 +165,7 @@ def apply(
     lm: MaskedDiffusionLM,
     forget: Sequence[Fact],
     retain: Sequence[Fact],
-    config: BaseModel,
+    config: UnlearnConfig | EditorConfig,
     out: Path,
     *,
     validation: Sequence[Fact] = (),
@@ -171,20 +177,20 @@ def apply(
     if isinstance(config, UnlearnConfig):
         twin = None if reference is None else load(reference)
         return unlearn(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
-    name = next(name for name, editor in EDITORS.items() if editor.config is type(config))
+    name = config.method
     if validation or reference is not None or resume:
         raise RemaskError(f"{name} does not train: it reads no validation rows or reference, and there is nothing to resume")
     facts = in_order(forget, retain)
     if not retain:
         raise RemaskError(f"{name} preserves the keys of retain rows and the retain set is empty; give it rows")
-    edit = EDITORS[name].tell(lm, facts, [lm.encode(fact) for fact in retain], config)
+    edit = EDITORS[name].tell(lm, facts, [lm.encode(fact) for fact in retain], config.options)
     edit.save(out / EDIT)
     record = {
         "method": name,
         "model": {"name": lm.name, "fingerprint": edit.model},
-        "config": config.model_dump(mode="json"),
+        "config": config.options.model_dump(mode="json"),
         "rows": {"forget": len(facts), "retain": len(retain)},
         **edit.details,
     }
-    write_atomically(out / LOG, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_json(out / LOG, record)
     return edit

@@ -14,7 +14,6 @@ that one process takes. With `shard` they share the weights of a model with adap
 from __future__ import annotations
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ from rich.console import Console
 
 from ..backbones.model import MaskedDiffusionLM
 from ..backbones.weight_edit import WeightEdit, opposite
+from ..editfile import EDIT
 from ..errors import RemaskError
-from ..facts import Fact, write_atomically
+from ..facts import Fact, write_json
 from ..random import digest
 from .objectives import METHODS
 from .states import Noise
@@ -43,7 +43,7 @@ from .training.weights import Adapters, Trained, Weights
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-EDIT, LOG = "edit.safetensors", "unlearn.json"
+LOG = "unlearn.json"
 MAIN, REINFORCED = ("checkpoint.safetensors", "metrics.jsonl"), ("reinforced.safetensors", "reinforced.jsonl")
 
 
@@ -79,13 +79,13 @@ def unlearn(
     _check_reference(lm, reference, config)
     if "hidden" in config.definition.needs:
         hidden_layer(lm, config.parsed)
-    run = _Run(lm, rows, config, Path(out), reference, start_processes("unlearning", config.batch_size, find_unused=True))
+    accelerator = start_processes("unlearning", config.batch_size, parts=config.parts, find_unused=True)
+    run = _Run(lm, rows, config, Path(out), reference, accelerator)
     with run.trained_parameters() as trained, recomputed_blocks(lm, config.gradient_checkpointing):
         progress, edit = run.phases(trained, resume, console)
     if run.accelerator.is_main_process:
         edit.save(run.out / EDIT)
-        text = json.dumps(run.log(edit, progress), indent=1, ensure_ascii=False)
-        write_atomically(run.out / LOG, f"{text}\n".encode())
+        write_json(run.out / LOG, run.log(edit, progress))
     run.accelerator.wait_for_everyone()
     return edit
 

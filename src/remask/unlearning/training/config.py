@@ -27,6 +27,11 @@ class UnlearnConfig(BaseModel):
     seed: int = 0
     steps: int = Field(default=100, gt=0)
     batch_size: int = Field(default=8, gt=0, description="forget rows a step over all processes, and as many retain rows")
+    parts: int = Field(
+        default=1,
+        gt=0,
+        description="pieces that a process's share of a batch is worked in, one backward pass each: less memory, the same step",
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup: float = Field(default=0.05, ge=0, lt=1, description="share of the steps; then cosine to zero")
     weight_decay: float = Field(default=0.01, ge=0)
@@ -74,6 +79,11 @@ class UnlearnConfig(BaseModel):
             self.noise = self.noise.model_copy(update={"draws": self.definition.draws})
         if self.definition.needs_retain and self.retain == "none":
             raise RemaskError(f"{self.method} is made of its retain term; leave retain at its default, or choose ga")
+        if self.parts > 1 and self.options.get("mean") == "token":
+            raise RemaskError(
+                f"{self.method} with mean=token averages over all positions of a batch at once, which pieces would change; "
+                "leave parts at 1, or set mean=row"
+            )
         return self
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -91,11 +92,14 @@ class Phase:
         if progress is None:
             progress = Progress()
         journal = Journal(self.metrics, self.name, progress.step, total, live=live, console=console)
-        with journal:
-            if not progress.step:
-                self._point(progress, journal)
-            while progress.step < total and progress.stopped is None:
-                self._advance(optimizer, progress, journal)
+        try:
+            with journal:
+                if not progress.step:
+                    self._point(progress, journal)
+                while progress.step < total and progress.stopped is None:
+                    self._advance(optimizer, progress, journal)
+        finally:
+            optimizer.zero_grad()  # of a step that did not come to its end, which another run would add to
         if progress.stopped is not None:
             if not progress.good:
                 lost, rate, every = progress.curve[-1]["drift"], self.config.learning_rate, self.config.evaluate_every
@@ -124,11 +128,8 @@ class Phase:
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
         """One optimizer step on this process's share of the batch; metrics over all processes."""
-        config, accelerator = self.config, self.accelerator
-        batch = self.dealer.batch(step, accelerator.process_index, accelerator.num_processes)
-        loss, parts = self._inside(lambda: self._loss(batch))
-        values = self._gathered(loss, parts, step)
-        accelerator.backward(loss)
+        config = self.config
+        values = self._gathered([self._differentiated(step, piece) for piece in range(config.parts)], step)
         norm = self.trained.clip(config.clip)
         if not math.isfinite(norm):
             raise self._failed(step, "gradient", list(chain(*self.dealer.names(step))))
@@ -141,21 +142,40 @@ class Phase:
                 self.terms.held[name].lerp_(parameter.detach(), 1 - decay)
         return {**values, "gradient_norm": norm, "learning_rate": rate}
 
-    def _gathered(self, loss: Tensor, parts: Mapping[str, Tensor], step: int) -> dict[str, float]:
-        """Loss and parts, means over the rows of all processes.
+    def _differentiated(self, step: int, piece: int) -> tuple[Tensor, Mapping[str, Tensor]]:
+        """Add a piece's share of the gradient; its loss, and its rows' losses and what they are made of, {name: [rows]}.
+
+        All pieces have equally many rows, so the mean over the batch is the mean of theirs. Replicas average their gradients in
+        the last piece; a split model does in every one, since no process has room for a whole gradient.
+        """
+        batch, last = self.dealer.batch(step, *self._share(piece)), piece == self.config.parts - 1
+        with contextlib.nullcontext() if last else self.accelerator.no_sync(self._inside):
+            loss, rows = self._inside(lambda: self._loss(batch))
+            self.accelerator.backward(loss / self.config.parts)
+        return loss.detach(), rows
+
+    def _share(self, piece: int) -> tuple[int, int]:
+        """First row of a piece of this process in the batch, and the distance to the next."""
+        world = self.accelerator.num_processes
+        return self.accelerator.process_index + world * piece, world * self.config.parts
+
+    def _gathered(self, pieces: Sequence[tuple[Tensor, Mapping[str, Tensor]]], step: int) -> dict[str, float]:
+        """Loss and what it is made of, means over the rows of all pieces of all processes.
 
         Raises:
             RemaskError: a row's loss is not finite; names the rows.
         """
-        accelerator, world = self.accelerator, self.accelerator.num_processes
-        shared = torch.zeros(len(parts), self.config.batch_size, device=loss.device)
-        for place, value in enumerate(parts.values()):
-            shared[place, accelerator.process_index :: world] = value.float()
-        rows = dict(zip(parts, accelerator.reduce(shared, "sum"), strict=True))
+        accelerator, kinds = self.accelerator, list(pieces[0][1])
+        losses = torch.stack([loss for loss, _ in pieces])
+        shared = torch.zeros(len(kinds), self.config.batch_size, device=losses.device)
+        for piece, (_, found) in enumerate(pieces):
+            first, distance = self._share(piece)
+            shared[:, first::distance] = torch.stack([found[kind].float() for kind in kinds])
+        rows = dict(zip(kinds, accelerator.reduce(shared, "sum"), strict=True))
         for side, names in zip(("forget", "retain"), self.dealer.names(step), strict=True):
             if names and (bad := finite_rows(rows[side], names)):
                 raise self._failed(step, "loss", bad)
-        total = float(accelerator.reduce(loss.detach(), "mean"))
+        total = float(accelerator.reduce(losses.mean(), "mean"))
         return {"loss": total} | {name: float(value.mean()) for name, value in rows.items()}
 
     def _failed(self, step: int, what: str, names: Sequence[str]) -> RemaskError:
@@ -184,7 +204,11 @@ class Phase:
             self._save(self._good_file, [], progress.step)
 
     def _level(self, rows: Sequence[Encoded]) -> float:
-        """Mean log-probability, nats a row; the processes share the rows."""
+        """Mean log-probability, nats a row, in the run's precision; the processes share the rows."""
+        with torch.autocast(self.trained.lm.device.type, torch.bfloat16, enabled=self.terms.bfloat16):
+            return self._mean_level(rows)
+
+    def _mean_level(self, rows: Sequence[Encoded]) -> float:
         lm, values = self.trained.lm, torch.zeros(len(rows), dtype=torch.float64, device=self.trained.lm.device)
         if self.trained.split:  # every process takes part in every forward
             return float(np.mean([score.logprob for score in self._inside(lambda: elbo(lm, rows, BANK))]))

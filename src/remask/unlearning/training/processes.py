@@ -12,15 +12,16 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
-def start_processes(what: str, batch_size: int, *, find_unused: bool = False) -> Accelerator:
+def start_processes(what: str, batch_size: int, *, parts: int = 1, find_unused: bool = False) -> Accelerator:
     """The accelerator of a data-parallel run of one process or several.
 
     Args:
         what: adapting, unlearning: how errors call the run.
+        batch_size, parts: rows of a step, and the pieces that a process works its share in.
         find_unused: some parameters may get no gradient in a step.
 
     Raises:
-        RemaskError: accelerate not installed, a sharded launch, or a batch that the processes cannot share.
+        RemaskError: accelerate not installed, a sharded launch, or a batch that cannot be dealt out in equal pieces.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
@@ -36,6 +37,8 @@ def start_processes(what: str, batch_size: int, *, find_unused: bool = False) ->
         raise RemaskError(
             f"{what} runs data-parallel, not under {accelerator.distributed_type.value}; change the launch config"
         )
-    if batch_size % accelerator.num_processes:
-        raise RemaskError(f"batch_size {batch_size} must be a multiple of the {accelerator.num_processes} processes")
+    pieces = accelerator.num_processes * parts
+    if batch_size % pieces:
+        shares = f"{pieces} processes" if parts == 1 else f"{pieces} pieces (processes x parts)"
+        raise RemaskError(f"batch_size {batch_size} must be a multiple of the {shares}")
     return accelerator

@@ -38,7 +38,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """States of one step, or of a process's share of it; `preferred` and `retain` where the method and its term read them."""
+    """States of one step, or of a share of it; `preferred` and `retain` where the method and its term read them."""
 
     forget: States
     preferred: States | None
@@ -97,7 +97,7 @@ def epoch_order(total: int, first: int, size: int, seed: int, purpose: str) -> n
 class Dealer:
     """Deals the batches of a phase: as many retain rows as forget rows, each set in shuffles of its own.
 
-    Every draw is keyed by (seed, phase, step) and the row: neither the number of processes nor a resumed run changes one.
+    Every draw is keyed by (seed, phase, step) and the row: neither the number of shares nor a resumed run changes one.
     """
 
     lm: MaskedDiffusionLM
@@ -113,17 +113,17 @@ class Dealer:
         forget, retain = self._chosen(step)
         return [self.rows.forget[i].id for i in forget], [self.rows.retain[i].id for i in retain]
 
-    def batch(self, step: int, rank: int = 0, world: int = 1) -> Batch:
-        """The share of process `rank` of `world`, on the model's device."""
+    def batch(self, step: int, share: int = 0, shares: int = 1) -> Batch:
+        """Every `shares`-th row of a step from row `share` on: a process's share, or a piece of it; on the model's device."""
         forget, retain = self._chosen(step)
         tail = self._tail(step, [self.rows.forget[i] for i in forget] + [self.rows.retain[i] for i in retain])
-        mine = forget[rank::world]
+        mine = forget[share::shares]
         return Batch(
             self._states([self.rows.forget[i] for i in mine], self.noise, "forget", step, tail),
             self._states([self.rows.refusals[i] for i in mine], self.noise, "forget", step, tail)
             if self.with_preferred
             else None,
-            self._states([self.rows.retain[i] for i in retain[rank::world]], self.config.retain_noise, "retain", step, tail)
+            self._states([self.rows.retain[i] for i in retain[share::shares]], self.config.retain_noise, "retain", step, tail)
             if self.with_retain
             else None,
         )
