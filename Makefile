@@ -2,6 +2,7 @@
 #
 #   PYTHON  the interpreter that the environment is made with, 3.10 or newer
 #   VENV    where the environment lives
+#   DATA    the folder with TOFU's files, for `make unlearning`
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -11,11 +12,11 @@ STAMP := $(VENV)/.installed
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint unlearning clean
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-6s %s\n", $$1, $$2 }' Makefile
-	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV)"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo "  Variables: PYTHON=$(PYTHON) VENV=$(VENV) DATA=$(DATA)"
 
 demo: $(STAMP) ## Edit a fact in a bundled model and write report/index.html
 	$(BIN)/remask demo
@@ -27,6 +28,12 @@ lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+unlearning: $(STAMP) ## Measure every number of docs/unlearning.md again (hours; needs DATA)
+	$(BIN)/python benchmarks/unlearning.py tiny-tofu --data "$(DATA)"
+	$(BIN)/python benchmarks/unlearning.py tiny
+	$(BIN)/python benchmarks/unlearning_noise.py
+	$(BIN)/python benchmarks/tables.py
 
 clean: ## Remove what the targets wrote, except the environment
 	rm -rf build dist report .pytest_cache .hypothesis .mypy_cache .ruff_cache
