@@ -132,7 +132,7 @@ class Study:
             every = math.ceil(steps / POINTS) if rows is self.reported and seed == 0 else steps
             settings |= {"steps": steps, "learning_rate": rate, "evaluate_every": every, "checkpoint_every": steps}
         watched = () if method in EDITORS else rows.watched
-        reference = f"{self.model}-reference" if settings.get("anchor") == "never-trained" else None
+        reference = self.twin if settings.get("anchor") == "never-trained" else None
         config = config_of(method, settings)
         edit = apply(self.lm, rows.forget, rows.fit, config, out, validation=watched, reference=reference)
         return edit, json.loads((out / LOG).read_text())["cost"]
@@ -273,9 +273,9 @@ def paths(record: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(record["methods"]):
-        colour, first = f"C{place % 10}", (line["curve"] or [None])[0]
         if line["own"] is None:
             continue
+        colour, first = f"C{place % 10}", (line["curve"] or [None])[0]
         if first is None:
             x, y, marker = [-line["own"]["retain"]["mean"]], [-line["own"]["forget"]["mean"]], "*"
         else:

@@ -236,7 +236,7 @@ def test_a_model_that_knows_nothing_is_reported_as_such(place: Path, tmp_path: P
 @pytest.mark.parametrize("edit", ["none", "mean-delta", "paper", "file"])
 def test_every_kind_of_edit_is_audited(place: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path, edit: str) -> None:
     name = str(place / "edit.safetensors") if edit == "file" else edit
-    asked = config(place, edit=name, alpha=1.0, seeds=1, attacks=False)
+    asked = config(place, edit=name, layer=None if edit == "file" else 1, alpha=1.0, seeds=1, attacks=False)
     result = run_benchmark(asked, tmp_path, place / "data", parts=done[0] / "parts")
     assert result is not None
     change = result["groups"][0]["metrics"]["answer log-probability"]["change"]
@@ -248,10 +248,33 @@ def test_every_kind_of_edit_is_audited(place: Path, done: tuple[Path, dict[str, 
 
 
 def test_an_edit_of_another_model_is_refused_before_anything_is_measured(place: Path, tmp_path: Path) -> None:
-    other = replace(config(place, edit=str(place / "edit.safetensors")), model=str(place / "twin"))
+    other = replace(config(place, edit=str(place / "edit.safetensors"), layer=None), model=str(place / "twin"))
     with pytest.raises(RemaskError, match="was built on model"):
         run_benchmark(other, tmp_path / "out", place / "data")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_as_strong_as_it_says_or_as_it_is_asked_to_be(place: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "unlearned"  # as `remask unlearn` leaves it
+    folder.mkdir()
+
+    def audited(**asked: Any) -> tuple[float, float]:
+        chosen = config(place, edit=str(folder), layer=None, seeds=1, attacks=False, **asked)
+        result = run_benchmark(chosen, tmp_path / "audit", place / "data")
+        assert result is not None
+        change = result["groups"][0]["metrics"]["answer log-probability"]["change"]["after"]["mean"]
+        return result["edit"]["seeds"][0]["alpha"], change
+
+    memory = EditMemory.load(place / "edit.safetensors")
+    memory.with_alpha(0.75).save(folder / "edit.safetensors")
+    own, half = audited(), audited(alpha=0.5)
+    memory.with_alpha(0.5).save(folder / "edit.safetensors")
+    remade = audited()  # the file of that name is another one now
+    assert (own[0], half[0], remade[0]) == (0.75, 0.5, 0.5)
+    assert half[1] == remade[1] != own[1]
+    for asked in ({"layer": 1}, {"site": "auto"}, {"level": "never-trained"}):
+        with pytest.raises(RemaskError, match="as strong as it says; leave out --layer"):
+            config(place, edit=str(folder), **({"layer": None} | asked))
 
 
 def test_precision_is_recorded_and_close(place: Path, done: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -382,6 +382,34 @@ def test_single_settings_of_a_preset(remask: Remask, folder: Path) -> None:
     assert not (folder / "n.safetensors").exists()
 
 
+def test_a_tuned_setting_is_calibrated_only_without_a_strength(
+    remask: Remask, folder: Path, tiny: MaskedDiffusionLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chosen calibrated or at 1.25; asked for nothing, `calibrated` or 2.5."""
+    import remask.experiments.tuning as tuning
+
+    levels: list[float | None] = []
+
+    def to_seven(_lm: object, memory: EditMemory, _rows: object, level: float | None) -> EditMemory:
+        levels.append(level)
+        return memory.with_alpha(7.0)
+
+    monkeypatch.setattr(tuning, "calibrate", to_seven)
+    out = folder / "m.safetensors"
+    words = ["edit", "build", "tiny", "--facts", folder / FORGET, "-o", out, "--tuned", folder]
+    for chosen, asked, expected in (
+        ("calibrated", None, 7.0),
+        ("calibrated", 2.5, 2.5),
+        (1.25, None, 1.25),
+        (1.25, "calibrated", 7.0),
+    ):
+        build = {"preset": "paper", "layer": 3, "alpha": chosen}
+        (folder / "tune.json").write_text(json.dumps({"fingerprint": tiny.fingerprint(), "chosen": {"build": build}}))
+        done(remask(*words, *([] if asked is None else ["--alpha", asked])))
+        assert EditMemory.load(out).alpha == expected
+    assert len(levels) == 2 and None not in levels
+
+
 def test_what_tuning_chose_is_built(remask: Remask, folder: Path, tiny: MaskedDiffusionLM) -> None:
     build = {"preset": "default", "layer": 3, "mu": 7.0, "alpha": 1.25}
     record = {"fingerprint": tiny.fingerprint(), "chosen": {"build": build}}
@@ -392,6 +420,12 @@ def test_what_tuning_chose_is_built(remask: Remask, folder: Path, tiny: MaskedDi
     memory = EditMemory.load(out)
     assert (memory.site, memory.alpha, memory.config) == (Site(3), 1.25, preset("default", mu=7.0))
     assert_refused(remask(*words, "--tuned", folder, "--layer", 1), "leave out --layer")
+    assert_refused(remask(*words, "--tuned", folder, "--preset", "default"), "--tuned brings preset", "--preset")
+    for strength in ([], ["--alpha", 2.5]):
+        said = remask(*words, "--tuned", folder, "--reference", "tiny-reference", *strength)
+        assert_refused(said, "--reference", "is not calibrated")
+    assert remask(*words, "--tuned", folder, "--alpha", 2.5).code == 0
+    assert out.read_bytes() == saved(memory.with_alpha(2.5), folder / "stronger").read_bytes()
     (folder / "tune.json").write_text(json.dumps({**record, "fingerprint": "0123456789abcdef"}))
     assert_refused(remask(*words, "--tuned", folder), "0123456789abcdef", tiny.fingerprint())
     (folder / "tune.json").write_text("{}")

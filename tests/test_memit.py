@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from conftest import FACTS, build_toy
@@ -22,6 +24,8 @@ from remask.editing.memit import MemitConfig, memit, memit_readout
 from remask.editing.values import Values
 from remask.errors import RemaskError
 from remask.evaluation.benchmarks.registry import load_benchmark
+from remask.experiments.unlearning import EditorConfig, apply
+from remask.facts import Fact
 from test_rome import TOLD, text_of
 
 
@@ -191,6 +195,17 @@ def test_end_to_end_on_the_bundled_model(tiny: MaskedDiffusionLM, method: Callab
     assert all(new.logprob > old.logprob + 2 for old, new in zip(before, after, strict=True))
     assert torch.equal(tiny.logits(torch.tensor([new[0].ids])), logits)
     assert edit.details["layers"] == [0, 1] and len(edit.changes) == 2
+
+
+@pytest.mark.parametrize(("name", "config"), [("memit", MemitConfig()), ("alphaedit", AlphaEditConfig())])
+def test_errors_name_the_method_not_a_memory(toy: MaskedDiffusionLM, tmp_path: Path, name: str, config: BaseModel) -> None:
+    def told(facts: list[Fact]) -> WeightEdit:
+        return apply(toy, facts, FACTS[4:], EditorConfig(method=name, options=config), tmp_path)
+
+    with pytest.raises(RemaskError, match=f"^{name} needs at least one fact"):
+        told([])
+    with pytest.raises(RemaskError, match=f"^{name}: duplicate fact id"):
+        told([FACTS[0], FACTS[0]])
 
 
 @pytest.mark.parametrize("method", [memit, alphaedit])

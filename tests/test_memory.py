@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ from remask.editfile import read_edit, write_edit
 from remask.editing import EditMemory, MemoryConfig, preset
 from remask.editing.build import fact_hash
 from remask.editing.capture import capture_keys
-from remask.editing.retained import Retained
+from remask.editing.retained import Retained, pooled
+from remask.editing.steering import mean_delta
 from remask.errors import RemaskError
+from remask.experiments.edits import build_edit
+from remask.experiments.tuning import build_tuned
+from remask.experiments.tuningbench import Setting
 from remask.facts import Fact
 from test_anchor_capture import canvas_of, hooked
 
@@ -269,6 +274,42 @@ def test_centred_ridge_solves_with_centred_keys(toy, facts, mu: float, q: float)
     assert not close(plain.shift()(hidden.float()), expected, 1e-2)
 
 
+@pytest.mark.parametrize(("preset_name", "changes"), [("ridge", {"ridge": 0.01}), ("paper", {"keys": "subject-all"})])
+def test_the_centre_is_the_retain_keys_mean_without_a_retain_term_too(
+    toy, facts, tmp_path: Path, preset_name: str, changes: dict[str, Any]
+) -> None:
+    config = preset(preset_name, centre=True, mu=0.0, **changes)
+    memory = EditMemory.build(toy, facts[:3], SITE, retain=facts[4:], config=config)
+    keys, deltas = memory.keys.double(), memory.deltas.double()
+    middle = capture_keys(toy, SITE, [toy.encode(fact) for fact in facts[4:]], config.bank).double().mean(0)
+    centred = keys - middle
+    weights = alike(memory).unsqueeze(1) if config.balance else torch.ones(len(keys), 1, dtype=torch.float64)
+    ridge = config.ridge * (float(centred.square().sum(1).mean()) if config.relative else 1.0)
+    system = centred.T @ (weights * centred) + ridge * torch.eye(32, dtype=torch.float64)
+    hidden = toy.run_to(1, IDS).double()
+    expected = (hidden - middle) @ torch.linalg.solve(system, (weights * centred).T) @ deltas
+    assert close(memory.shift()(hidden.float()), expected, 1e-3)
+    memory.save(tmp_path / "m")
+    assert torch.equal(EditMemory.load(tmp_path / "m").shift()(hidden.float()), memory.shift()(hidden.float()))
+    named = build_edit(toy, preset_name, facts[:3], facts[4:], site=SITE, alpha=1.0, centre=True, mu=0.0, **changes)
+    assert named.fingerprint() == memory.fingerprint()
+    tuned = Setting(preset_name, 1, {"centre": True, "mu": 0.0, **changes})
+    assert build_tuned(toy, tuned, facts[:3], facts[4:], 1.0).fingerprint() == memory.fingerprint()
+
+
+def test_retain_facts_leave_a_memory_that_does_not_read_them_as_it_is(toy, facts, tmp_path: Path) -> None:
+    for config in (preset("paper"), preset("ridge", mu=0.0)):
+        assert not config.reads_retain
+        bare, given = (EditMemory.build(toy, facts[:3], SITE, retain=kept, config=config) for kept in ((), facts[4:]))
+        assert data_of(bare, tmp_path) == data_of(given, tmp_path)
+
+
+def test_retain_facts_reach_the_target_other_by_name(toy, facts) -> None:
+    named = build_edit(toy, "paper", facts[:1], facts[4:], site=SITE, alpha=1.0, target="other")
+    built = EditMemory.build(toy, facts[:1], SITE, retain=facts[4:], config=preset("paper", target="other"))
+    assert named.fingerprint() == built.fingerprint()
+
+
 def test_centring_one_key_by_itself_is_refused(toy, facts) -> None:
     with pytest.raises(RemaskError, match=r"centring leaves nothing.*centre=False"):
         EditMemory.build(toy, facts[:1], SITE, config=preset("paper", centre=True))
@@ -333,6 +374,26 @@ def test_different_retain_sets_are_pooled(toy, facts, tmp_path: Path, name: str)
     assert data_of(merged, tmp_path) == data_of(other + one, tmp_path)
 
 
+@pytest.mark.parametrize("name", MANY)
+def test_memories_of_one_retain_set_merge_in_any_order_to_the_same_bytes(toy, facts, tmp_path: Path, name: str) -> None:
+    parts = [build(toy, facts[i : i + 1], facts[4:], preset(name)) for i in range(3)]
+    merged = [a + b + c for a, b, c in itertools.permutations(parts)] + [
+        a + (b + c) for a, b, c in itertools.permutations(parts)
+    ]
+    assert len({data_of(memory, tmp_path) for memory in merged}) == 1
+    if name != "paper":
+        assert all(merged[0].retained.equals(part.retained) for part in parts)
+
+
+def test_retain_sets_of_one_moment_and_two_means_are_two() -> None:
+    config = preset("ridge", mu=0.0)
+    one, other = Retained.of(draw(1, 5, 4), config), Retained.of(-draw(1, 5, 4), config)
+    assert torch.equal(one.moment, other.moment)
+    assert pooled(one, one) is one
+    both = pooled(one, other)
+    assert both.count == 10 and not both.mean.any()
+
+
 def test_merging_refuses_what_differs_and_names_it(toy, facts) -> None:
     config = preset("paper")
     one = EditMemory.build(toy, facts[:2], SITE, config=config)
@@ -376,6 +437,14 @@ def test_a_factor_scales_the_shift_exactly(toy, facts, name: str) -> None:
     assert torch.equal((0.5 * memory).shift()(hidden), half)
     assert torch.equal((memory * 0.5).shift()(hidden), half)
     assert ((0.5 * memory).alpha, memory.alpha) == (0.75, 1.5)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), -float("inf")])
+def test_a_strength_that_is_not_finite_is_refused(toy, facts, alpha: float) -> None:
+    memory = any_preset(toy, facts, "paper")
+    for attempt in (lambda: memory.with_alpha(alpha), lambda: alpha * memory, lambda: mean_delta(memory).with_alpha(alpha)):
+        with pytest.raises(RemaskError, match="alpha must be a finite number"):
+            attempt()
 
 
 @pytest.mark.parametrize("name", [*MANY, "gated"])

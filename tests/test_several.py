@@ -274,7 +274,7 @@ def test_what_does_not_fit_several_files_is_refused(place: Path, remask: Remask)
         (["--edit", a, "--edit", "paper"], "'paper' is no file"),
         (["--edit", "default", "--edit", b], "'default' is no file"),
         (["--edit", a, "--edit", b, "--alpha", 1], "leave out --alpha"),
-        (["--edit", a, "--edit", b, "--layer", 1], "leave out --alpha"),
+        (["--edit", a, "--edit", b, "--layer", 1], "leave out --layer"),
     ):
         result = remask(*words, *given)
         assert (result.code, said in result.lines[-1]) == (2, True), result.err

@@ -15,7 +15,7 @@ from remask.backbones import MaskedDiffusionLM, Site
 from remask.diffusion.masks import MaskBank
 from remask.editing import EditMemory, SteeringVector, anchor_level, calibrate
 from remask.editing.calibrate import mean_logprob
-from remask.editing.codebook import Codebook, deferral_radii
+from remask.editing.codebook import CODEBOOK, Codebook, deferral_radii
 from remask.editing.config import MemoryConfig, preset
 from remask.editing.live import attach
 from remask.editing.shift import CodebookShift
@@ -23,7 +23,7 @@ from remask.editing.site import SiteEdit
 from remask.editing.steering import answer_differences, caa, main_direction, random_layer, repe
 from remask.errors import RemaskError
 from remask.experiments.edits import build_edit, load_edit
-from remask.facts import Fact
+from remask.facts import Fact, knowledge_prompt
 
 SITE = Site(1)
 IDS = torch.arange(20, 50).view(2, 15)
@@ -276,6 +276,30 @@ def test_subject_keys_are_held_against_retained_subjects(toy, facts, keys) -> No
 
     own = key_of(facts[0])
     assert book.radii.tolist() == pytest.approx([min(np.linalg.norm(own - key_of(fact)) for fact in facts[4:]) / 2], rel=1e-4)
+
+
+def test_radii_keep_the_retain_facts_in_context_apart_too(toy, facts) -> None:
+    """Half the distance to the nearest retain key, with the example before the question or without it; one canvas at a time."""
+    config = dataclasses.replace(CODEBOOK, context="answer")
+    book = Codebook.build(toy, facts[:1], SITE, retain=facts[4:], config=config)
+
+    def keys_of(fact: Fact) -> np.ndarray:
+        row, found = toy.encode(fact), []
+        for mask in config.bank.masks(row.id, len(row.answer_ids)):
+            placed = [toy.spec.mask_id if hidden else token for token, hidden in zip(row.answer_ids, mask, strict=True)]
+            states = hidden_states(toy, [*row.prompt_ids, *placed], 1)[len(row.prompt_ids) :]
+            found.append(states[np.asarray(mask)])
+        return np.concatenate(found)
+
+    told = [dataclasses.replace(f, prompt=knowledge_prompt(f.prompt, [(f.prompt, f.answer)])) for f in facts[4:]]
+    bare, both = (np.concatenate([keys_of(fact) for fact in rows]) for rows in (facts[4:], [*facts[4:], *told]))
+
+    def radius(key: np.ndarray, kept: np.ndarray) -> float:
+        return float(np.linalg.norm(kept - key, axis=1).min()) / 2
+
+    own = book.keys.double().numpy()
+    assert book.radii.tolist() == pytest.approx([radius(key, both) for key in own], rel=1e-4)
+    assert any(radius(key, both) < 0.99 * radius(key, bare) for key in own)
 
 
 def test_a_codebook_refuses_what_it_cannot_hold(toy, facts) -> None:

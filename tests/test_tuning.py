@@ -24,7 +24,7 @@ from remask.editing.calibrate import anchor_level, calibrate, mean_logprob
 from remask.editing.steering import mean_delta
 from remask.errors import NothingToForgetError, RemaskError
 from remask.experiments.tuning import TuneJob, averaged, choose, first_pass, merit, pareto, run_tune, second_pass
-from remask.experiments.tuningbench import BANK, LADDER, Bench, Resumed, Setting, closed, deal, grid, logprobs, split
+from remask.experiments.tuningbench import AXES, BANK, LADDER, Bench, Resumed, Setting, closed, deal, grid, logprobs, split
 from remask.facts import Fact, save_facts
 from remask.reporting.frontier import frontier_figure
 from test_cli import Remask, assert_refused, remask, snapshot
@@ -442,6 +442,20 @@ def command(files: Path, out: Path, *more: object) -> list[object]:
         out,
         *more,
     ]
+
+
+def test_the_help_names_every_preset_and_the_default_grid() -> None:
+    import inspect
+
+    from remask.cli.edit import edit_tune
+
+    given = inspect.signature(edit_tune, eval_str=True).parameters
+    words = {name: parameter.annotation.__metadata__[0].help for name, parameter in given.items() if name != "load_options"}
+    assert words["preset"].startswith(f"of {', '.join(AXES)} (control);")
+    for axis in ("mu", "ridge", "q", "beta"):
+        grids = {name: axes[axis] for name, axes in AXES.items() if axes.get(axis)}
+        said = "; ".join(f"{name}: {','.join(f'{value:g}' for value in tried)}" for name, tried in grids.items())
+        assert words[axis].endswith(f"({said})") if grids else "(" not in words[axis]
 
 
 def test_the_command_prints_a_table_and_the_record(remask: Remask, files: Path, tmp_path: Path) -> None:

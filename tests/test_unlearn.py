@@ -647,6 +647,7 @@ def test_a_run_that_fails_at_once_says_that_there_is_no_checkpoint(tmp_path: Pat
         ({"method": "npo", "reference": "toy"}, "reads no reference model"),
         ({"method": "mdu", "settings": {"options": {"anchor": "never-trained"}}, "reference": "golden"}, "another vocabulary"),
         ({"method": "rmu", "settings": {"options": {"layer": 9}}}, "layer 9 is outside"),
+        ({"method": "ga", "retain": [], "settings": {"early_stop": 1.0}}, "early_stop watches retain or validation rows"),
         ({"settings": {"parts": 3}}, "batch_size 2 must be a multiple of the 3 pieces"),
     ],
 )
@@ -669,6 +670,7 @@ def test_a_reference_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
         run(tmp_path, "mdu", options={"anchor": "never-trained"}, reference=other)
     edit = run(tmp_path, "mdu", options={"anchor": "never-trained"}, reference=build_toy(seed=1))
     assert edit.changes
+    assert log_of(tmp_path)["cost"]["forwards"] == 3 * 3  # policy, retain term and the reference, three steps
 
 
 @pytest.mark.parametrize(
@@ -730,6 +732,7 @@ SHARED_CASES: dict[str, dict[str, Any]] = {
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("npo", {"batch_size": 3}, "batch_size 3 must be a multiple of the 2 processes"),
     ("npo", {"parts": 2}, "batch_size 2 must be a multiple of the 4 pieces"),
+    ("mdu", {"options": {"mean": "token"}}, "start one, or set mean=row"),
     ("whp", {"shard": True}, "does not run split"),
     ("mdu", {"shard": True, "options": {"anchor": "ema"}}, "does not run split"),
     ("mdu", {"shard": True, "options": {"states": "generated"}}, "does not run split"),

@@ -49,9 +49,13 @@ def test_every_published_method_is_listed_with_its_options(remask: Remask) -> No
     assert {"tau", "anchor", "prompt"} <= set(listed["mdu"]["options"])
     assert listed["npo"]["options"]["beta"] == 0.1
     assert listed["graddiff"]["needs_retain"] and not listed["ga"]["needs_retain"]
+    more = {name: row["draws"] for name, row in listed.items() if row["draws"] != 1}
+    assert more == {"npo": 4, "simnpo": 4, "dpo": 4, "rome": None, "memit": None, "alphaedit": None}
     helped = remask("unlearn", "--help").out
     assert all(name in helped for name in PUBLISHED)
     assert "beta=0.1" in helped and "early_stop=None" in helped and "parts=1" in helped
+    lines = [line.split() for line in helped.splitlines() if "noise={'draws': 4}" in line]
+    assert [words[1] for words in lines] == ["npo", "simnpo", "dpo"]
 
 
 @pytest.mark.parametrize("method", ["npo", "mdu", "rmu", "memit"])
@@ -106,6 +110,8 @@ def test_the_two_ways_to_say_it_meet() -> None:
     """A setting goes to the method if it has one of that name, else to the trainer."""
     config = config_of("mdu", {"tau": 0.5, "rank": 4, "seed": 3})
     assert (config.options["tau"], config.rank, config.seed) == (0.5, 4, 3)
+    random = config_of("rmu", {"seed": 3})
+    assert (random.options["seed"], random.seed) == (3, 3)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +121,8 @@ def test_the_two_ways_to_say_it_meet() -> None:
         ("npo", {"beta": "much"}, "beta"),
         ("rome", {"rank": 4}, "rank"),
         ("mdu", {"rank": -1}, "rank"),
+        ("mdu", {"method": "npo"}, "method is no setting"),
+        ("memit", {"options": {"steps": 3}}, "options is no setting"),
     ],
 )
 def test_settings_that_a_method_does_not_have_are_refused(method: str, settings: dict[str, object], said: str) -> None:

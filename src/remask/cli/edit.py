@@ -41,21 +41,31 @@ def edit_build(
     output: Annotated[Path, typer.Option("-o", "--output", help="memory file to write")],
     retain: Annotated[Path | None, typer.Option("--retain", help="facts to leave alone, JSON Lines")] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="default, ridge, paper, softmax, gated (one fact), or rewrite (to the field 'target' of each fact)"),
-    ] = "default",
+        str | None,
+        typer.Option(
+            help="default (also where none is given), ridge, paper, softmax, gated (one fact), or rewrite (to the field "
+            "'target' of each fact)"
+        ),
+    ] = None,
     layer: Annotated[int | None, typer.Option(help="layer to edit; bundled models have a tuned one")] = None,
     site: SiteOption = None,
     alpha: Annotated[
-        str, typer.Option(help="strength, or 'calibrated', which is 1 for preset rewrite: it aims at no level")
-    ] = "calibrated",
-    reference: Annotated[str | None, typer.Option(help="model that never saw the facts: go no lower than its level")] = None,
+        str | None,
+        typer.Option(
+            help="strength, or 'calibrated' (also where none is given, unless --tuned chose one), which is 1 for preset "
+            "rewrite: it aims at no level"
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="model that never saw the facts: calibrate to no lower than its level")
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of the preset: mu=100, q=0.5, ..."),
     ] = None,
     tuned: Annotated[
-        Path | None, typer.Option(help="folder of `edit tune`: preset, layer, settings and strength that it chose")
+        Path | None,
+        typer.Option(help="folder of `edit tune`: preset, layer, settings and, without --alpha, strength that it chose"),
     ] = None,
     load_options: Load = None,
 ) -> None:
@@ -66,29 +76,33 @@ def edit_build(
     from ..editing.memory import EditMemory
     from ..experiments.edits import build_edit
     from ..experiments.tracing import find_site
-    from ..experiments.tuning import build_tuned
+    from ..experiments.tuning import build_tuned, read_tuned
     from ..facts import load_facts
 
-    if preset not in PRESETS:
-        raise RemaskError(f"unknown preset {preset!r}; choose one of {', '.join(PRESETS)}")
+    name = preset or "default"
+    if name not in PRESETS:
+        raise RemaskError(f"unknown preset {name!r}; choose one of {', '.join(PRESETS)}")
     only_one(layer, site)
-    if tuned is not None and (layer is not None or site is not None or settings):
-        raise RemaskError("--tuned brings layer and settings of its own; leave out --layer, --site and --set")
+    if tuned is not None and (preset is not None or layer is not None or site is not None or settings):
+        raise RemaskError("--tuned brings preset, layer and settings of its own; leave out --layer, --site, --set and --preset")
     changes = pairs_of("--set", settings)
     lm = load(model, **load_options_of(load_options))
     chosen = load_facts(facts)
     kept = load_facts(retain) if retain else []
-    strength = strength_of(alpha)
+    setting, strength = read_tuned(lm, tuned) if tuned is not None else (None, None)
+    strength = strength if alpha is None else strength_of(alpha)
+    if reference is not None and (strength is not None or name == "rewrite"):
+        raise RemaskError("--reference gives a level to calibrate alpha to, and this one is not calibrated; leave it out")
     where = Site(layer) if layer is not None else find_site(lm, site, chosen) if site else None
     level = (
         target_level(lm, chosen, load(reference, **load_options_of(load_options)) if reference else None)
-        if strength is None and preset != "rewrite"
+        if strength is None and name != "rewrite"
         else None
     )
     edit = (
-        build_tuned(lm, tuned, chosen, kept, level)
-        if tuned is not None
-        else build_edit(lm, preset, chosen, kept, site=where, alpha=strength, level=level, **changes)
+        build_tuned(lm, setting, chosen, kept, strength, level)
+        if setting is not None
+        else build_edit(lm, name, chosen, kept, site=where, alpha=strength, level=level, **changes)
     )
     assert isinstance(edit, EditMemory)
     edit.save(output)
@@ -270,13 +284,13 @@ def edit_tune(
     retain: Annotated[Path, typer.Option("--retain", help="facts to leave alone, of two people or more, JSON Lines")],
     out: Annotated[Path, typer.Option("-o", "--out", help="folder for tune.json, frontier.png and finished parts")],
     preset: Annotated[
-        str, typer.Option(help="of default, softmax, paper, mean-delta (control); this and below: A,B,...")
+        str, typer.Option(help="of default, ridge, softmax, paper, mean-delta (control); this and below: A,B,...")
     ] = "default",
     layers: Annotated[str | None, typer.Option(help="layers to try; by default all")] = None,
-    mu: Annotated[str | None, typer.Option(help="weights of the retain term (default: 1,10,100)")] = None,
+    mu: Annotated[str | None, typer.Option(help="weights of the retain term (default: 10,30,100; ridge: 1,10,100)")] = None,
     ridge: Annotated[str | None, typer.Option(help="ridges (paper: 0.1,1,10)")] = None,
     q: Annotated[str | None, typer.Option(help="shares of keys that may fire at a token")] = None,
-    beta: Annotated[str | None, typer.Option(help="inverse temperatures (softmax: 10,20,40)")] = None,
+    beta: Annotated[str | None, typer.Option(help="inverse temperatures (default: 2,4,8; softmax: 10,20,40)")] = None,
     anchor: Annotated[str | None, typer.Option(help="what anchor states hide: subject, prompt, unknown")] = None,
     unknown: Annotated[list[str] | None, typer.Option(help="name that the model was never taught; several times")] = None,
     reference: Annotated[str | None, typer.Option(help="model that never saw the facts")] = None,

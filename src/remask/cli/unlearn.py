@@ -38,7 +38,7 @@ def unlearn(
         int | None, typer.Option(min=1, help="optimizer steps; of rome, memit, alphaedit: for a value")
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(min=0, help="of AdamW, or of the value's Adam")] = None,
-    seed: Annotated[int, typer.Option(help="of rows, states and adapters")] = 0,
+    seed: Annotated[int | None, typer.Option(help="of rows, states and adapters; 0 by default")] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="an option of the method or of the trainer, see below"),
@@ -64,8 +64,8 @@ def unlearn(
     from ..unlearning.unlearn import LOG
 
     assert model is not None and method is not None and forget is not None and out is not None
-    chosen = pairs_of("--set", settings) | {"seed": seed}
-    chosen |= {key: value for key, value in (("steps", max_steps), ("learning_rate", learning_rate)) if value is not None}
+    given = {"seed": seed, "steps": max_steps, "learning_rate": learning_rate}
+    chosen = pairs_of("--set", settings) | {key: value for key, value in given.items() if value is not None}
     job = UnlearnJob(model, method, forget, retain, validation, reference, chosen)
     record = run_unlearn(job, out, resume=resume, console=progress, load_options=load_options_of(load_options))
     if as_json:
@@ -83,7 +83,7 @@ def _summary(record: dict[str, Any]) -> Table:
         stopped = f", stopped: {record['stopped']}" if record["stopped"] else ""
         table.add_row("steps", f"{record['kept_step']}{stopped}")
     for point in record.get("curve", [])[:1] + record.get("curve", [])[-1:]:
-        means = {name: value for name, value in point.items() if isinstance(value, float) and name != "seconds"}
+        means = {name: value for name, value in point.items() if isinstance(value, float)}
         table.add_row(f"step {point['step']}", ", ".join(f"{name} {value:.2f}" for name, value in means.items()))
     for layer, found in record.get("null_space", {}).items():
         table.add_row(f"null space, layer {layer}", f"rank {found['rank']} of {found['of']}")
@@ -109,7 +109,8 @@ def _methods() -> Table:
 
     table = Table(Column("method", no_wrap=True), "options (--set KEY=VALUE) and defaults", title="methods")
     for row in describe_methods():
-        table.add_row(row["name"], escape(_options(row["options"])) or "-")
+        noise = {} if row["draws"] in (None, 1) else {"noise": {"draws": row["draws"]}}  # other than the trainer's
+        table.add_row(row["name"], escape(_options(row["options"] | noise)) or "-")
     return table
 
 

@@ -29,16 +29,16 @@ def shortened(ids: Sequence[str], limit: int = 5) -> str:
     return ", ".join(ids[:limit]) + more
 
 
-def in_order(facts: Sequence[Fact], retain: Sequence[Fact]) -> list[Fact]:
-    """Facts by id, so that batches do not depend on the order in which they came.
+def in_order(facts: Sequence[Fact], retain: Sequence[Fact], what: str = "a memory") -> list[Fact]:
+    """Facts by id, so that batches do not depend on the order in which they came; errors name `what` is made of them.
 
     Raises:
         RemaskError: no facts, ids twice, one question with two targets or answers, or a fact that is both forgotten and
             retained.
     """
     if not facts:
-        raise RemaskError("a memory needs at least one fact")
-    check_unique_ids(facts, "memory")
+        raise RemaskError(f"{what} needs at least one fact")
+    check_unique_ids(facts, what)
     check_unique_ids(retain, "retain set")
     asked: dict[str, Fact] = {}
     for fact in facts:

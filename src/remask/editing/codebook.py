@@ -12,7 +12,6 @@ between layers and models. Keys are never merged, so facts do not depend on the 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -20,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backbones.model import Encoded, MaskedDiffusionLM, Site
+from ..backbones.model import MaskedDiffusionLM, Site
 from ..errors import RemaskError
 from ..facts import Fact
-from .build import capture_facts, in_order
-from .capture import capture_keys, capture_subject
+from .build import capture_facts, capture_retain, in_order
+from .capture import capture_subject
 from .config import MemoryConfig
 from .shift import CodebookShift, Shift
-from .site import KeyedEdit
+from .site import KeyedEdit, require_finite
 
 CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0, compress=0)
 _BLOCK = 64  # keys whose distances are in memory at a time
@@ -58,8 +57,7 @@ class Codebook(KeyedEdit):
                 raise RemaskError(f"{name}: shape {list(getattr(self, name).shape)} where {list(shape)} is needed")
         if set(self.owner.tolist()) != set(range(len(self.fact_ids))):
             raise RemaskError("every key must belong to a fact, and every fact needs a key")
-        if not math.isfinite(self.alpha):
-            raise RemaskError(f"alpha must be a finite number, not {self.alpha}")
+        require_finite(self.alpha)
         if not (self.radii > 0).any():
             raise RemaskError("every radius is 0: the keys are those of retain facts or of one another; choose another layer")
 
@@ -78,7 +76,7 @@ class Codebook(KeyedEdit):
         """Capture keys and deltas of `facts` as a memory does, and set the radii by the keys of `retain`.
 
         Args:
-            retain: facts to leave alone; their keys are read in the same way.
+            retain: facts to leave alone; their keys are read in the same way, in context too where the config says so.
             config: keys and target; mu is 0.
             quantile: see `deferral_radii`.
 
@@ -87,10 +85,10 @@ class Codebook(KeyedEdit):
         """
         if not retain:
             raise RemaskError("a codebook needs retain facts: their distances set its radii; pass --retain")
-        facts = in_order(facts, retain)
+        facts = in_order(facts, retain, "a codebook")
         lm.site_module(site)
         captured = capture_facts(lm, facts, site, config, retain)
-        kept = _keys(lm, site, [lm.encode(fact) for fact in retain], config)
+        kept = _retain_keys(lm, retain, site, config)
         parts = (captured.keys, captured.deltas, captured.owner)
         ids = tuple(fact.id for fact in facts)
         return cls(config, site, ids, *parts, deferral_radii(*parts, kept, quantile), lm.fingerprint(), quantile, alpha)
@@ -155,8 +153,9 @@ def deferral_radii(keys: Tensor, deltas: Tensor, owner: Tensor, retain: Tensor, 
     return split.float()
 
 
-def _keys(lm: MaskedDiffusionLM, site: Site, rows: Sequence[Encoded], config: MemoryConfig) -> Tensor:
-    """Keys [m, d] of `rows`, read as the config says."""
+def _retain_keys(lm: MaskedDiffusionLM, retain: Sequence[Fact], site: Site, config: MemoryConfig) -> Tensor:
+    """Keys [m, d] of the retain facts, read as those of the facts are."""
     if config.keys == "answer":
-        return capture_keys(lm, site, rows, config.bank)
+        return capture_retain(lm, retain, site, config)
+    rows = [lm.encode(fact) for fact in retain]
     return capture_subject(lm, site, rows, torch.zeros(len(rows), lm.hidden_size), config.keys).keys

@@ -139,6 +139,11 @@ class MemoryConfig:
         return reads or self.target == "mean" or (self.rewrites and self.value == "donor")
 
     @property
+    def reads_retain(self) -> bool:
+        """Whether a memory differs with the retain facts that it is given, needed or not."""
+        return self.needs_retain or self.centre or self.target == "other"
+
+    @property
     def bank(self) -> MaskBank:
         """The partial states that captures read; their seed is never a scoring bank's."""
         return MaskBank(draws=self.states, replicates=1, seed=self.state_seed)

@@ -15,7 +15,6 @@ from which facts were removed is the one that never held them, bit for bit.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -35,7 +34,7 @@ from .kernel import KernelSolution
 from .readout import READOUTS, Readout, require_retained
 from .retained import Retained, pooled
 from .shift import Shift
-from .site import KeyedEdit
+from .site import KeyedEdit, require_finite
 from .solve import Solution
 
 _RETAINED = ("mean", "moment", "keys")  # of the retain set, in a file
@@ -96,8 +95,7 @@ class EditMemory(KeyedEdit):
         count, owners = len(self.fact_ids), rows.owner.tolist()
         if len(owners) != n or set(owners) != set(range(count)) or not count == len(set(self.fact_ids)) == len(self.hashes):
             raise RemaskError("every row must belong to a fact, and every fact needs a row, a hash and an id of its own")
-        if not math.isfinite(self.alpha):
-            raise RemaskError(f"alpha must be a finite number, not {self.alpha}")
+        require_finite(self.alpha)
 
     @classmethod
     def build(
@@ -114,7 +112,7 @@ class EditMemory(KeyedEdit):
         """Capture and solve a memory of `facts` at `site`; only the blocks up to the site run, and all of them for a rewrite.
 
         Args:
-            retain: facts to leave alone; needed where `config.needs_retain`.
+            retain: facts to leave alone; needed where `config.needs_retain`, read where `config.reads_retain`.
             alpha: strength, or "calibrated": the one that brings the facts to `level`.
             level: mean log-probability of the facts, nats a row; None = the model's own with the prompt masked.
 
@@ -130,7 +128,7 @@ class EditMemory(KeyedEdit):
             )
         captured = capture_facts(lm, facts, site, config, retain)
         retained = None
-        if config.mu > 0 or config.keeps_keys or config.whiten:
+        if retain and (config.mu > 0 or config.keeps_keys or config.whiten or config.centre):
             retained = Retained.of(capture_retain(lm, retain, site, config), config)
         ids, hashes = tuple(fact.id for fact in facts), tuple(fact_hash(fact) for fact in facts)
         strength = 1.0 if alpha == "calibrated" else alpha
@@ -172,7 +170,12 @@ class EditMemory(KeyedEdit):
         return list(self.shift().buffers())
 
     def with_alpha(self, alpha: float) -> EditMemory:
-        """The same memory at another strength; nothing is solved again."""
+        """The same memory at another strength; nothing is solved again.
+
+        Raises:
+            RemaskError: a strength that is not finite.
+        """
+        require_finite(alpha)
         other = copy.copy(self)
         other.alpha = alpha
         vars(other).pop("_fingerprint", None)  # what is cached is of the old strength
@@ -211,7 +214,11 @@ class EditMemory(KeyedEdit):
         return self._with(captured, tuple(fact.id for fact in facts), hashes)
 
     def merge(self, other: EditMemory) -> EditMemory:
-        """Both memories' facts in one, solved together; `a + b` is the same. Retain sets are pooled by their sizes.
+        """Both memories' facts in one, solved together; `a + b` is the same, and `b + a` to the bit.
+
+        Memories of one retain set keep it, and of several such memories the order does not matter. Different retain sets are
+        pooled by their sizes (`pooled`): of three memories or more the order then shows in the last digits, and a set that
+        two of them share counts once only where these two are merged first.
 
         Raises:
             RemaskError: other model, site or settings, or a fact that both hold; names what differs.

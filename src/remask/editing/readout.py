@@ -151,9 +151,7 @@ class RidgeReadout(Readout):
         config, white, moment = self.config, self.whitening, self._moment()
         keys = self.rows.keys - self.centre
         if not keys.any():
-            raise RemaskError(
-                "centring leaves nothing of the keys: all are equal; set centre=False, or mu > 0 with retain facts"
-            )
+            raise RemaskError("centring leaves nothing of the keys: all are equal; set centre=False, or give retain facts")
         if white is not None:
             keys, moment = keys.double() @ white, None if moment is None else white @ moment.double() @ white
         solution = solve_readout(

@@ -32,11 +32,15 @@ class Retained:
 
     def equals(self, other: Retained) -> bool:
         """Whether both came from the same keys."""
-        return self.count == other.count and torch.equal(self.moment, other.moment) and torch.equal(self.keys, other.keys)
+        mine, theirs = ((kept.mean, kept.moment, kept.keys) for kept in (self, other))
+        return self.count == other.count and all(map(torch.equal, mine, theirs))
 
 
 def pooled(one: Retained | None, other: Retained | None) -> Retained | None:
-    """The retain sets of two memories together; one that both share counts once. Of each the keys stay that it had."""
+    """The retain sets of two memories together, weighed by their sizes; of each the keys stay that it had.
+
+    One that both share counts once. What has been pooled is one set: a part of it that comes again counts again.
+    """
     if one is None or other is None or one.equals(other):
         return one or other
     one, other = sorted((one, other), key=lambda kept: kept.keys.numpy().tobytes())  # a + b is b + a

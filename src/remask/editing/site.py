@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +21,16 @@ from .shift import Shift
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+def require_finite(alpha: float) -> None:
+    """Refuse a strength that is no finite number.
+
+    Raises:
+        RemaskError: it is infinite or NaN.
+    """
+    if not math.isfinite(alpha):
+        raise RemaskError(f"alpha must be a finite number, not {alpha}")
 
 
 class SiteEdit(Intervention):

@@ -25,7 +25,7 @@ from .capture import object_values
 from .config import PRESETS
 from .memory import EditMemory
 from .shift import ConstantShift, Shift
-from .site import SiteEdit
+from .site import SiteEdit, require_finite
 
 REFUSAL, STATES = PRESETS["default"].refusal, PRESETS["default"].bank
 
@@ -43,6 +43,9 @@ class SteeringVector(SiteEdit):
     preset: str = "steering"
     model: str = ""
     kind = "steering vector"
+
+    def __post_init__(self) -> None:
+        require_finite(self.alpha)
 
     def shift(self) -> Shift:
         """What is added to a residual."""
@@ -80,7 +83,7 @@ class SteeringVector(SiteEdit):
         try:
             site = Site.from_dict(header["site"])
             return cls(tensors["vector"], site, header["alpha"], header["preset"], header["model"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, RemaskError) as error:
             raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
 
 

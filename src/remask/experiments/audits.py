@@ -49,7 +49,7 @@ from ..figures import png
 from ..random import digest
 from ..reporting.audit import audit_figures, audit_page
 from ..unlearning.trainer import fast_bfloat16
-from .edits import build_edit, load_edit, load_edits
+from .edits import NAMED, build_edit, edit_file, load_edit, load_edits
 from .tracing import find_site, site_file
 from .workers import Workers
 
@@ -61,7 +61,7 @@ class AuditConfig:
     Attributes:
         model, benchmark, edit: names; `edit` may be a file.
         also: files of further edits, which act together with the file `edit`, each as strong as its file says.
-        alpha, layer: of the edit; None = calibrated, tuned.
+        alpha, layer: of the edit; None = calibrated, tuned; of a file: as it says.
         site: instead of a layer: `auto` or the folder of a trace.
         reference: model that never saw the forget set; None = `<model>-reference` where that is bundled.
         level: what alpha is calibrated to.
@@ -92,13 +92,19 @@ class AuditConfig:
     also: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.also:
-            return
-        for name in self.edits:
-            if not Path(name).exists():
-                raise RemaskError(f"edit {name!r} is no file or folder; several edits are read from files, build it first")
-        if any(value is not None for value in (self.alpha, self.layer, self.site)):
-            raise RemaskError("several edits stay where and as strong as their files say; leave out --alpha, --layer, --site")
+        if self.also:
+            for name in self.edits:
+                if not Path(name).exists():
+                    raise RemaskError(f"edit {name!r} is no file or folder; several edits are read from files, build it first")
+            if self.alpha is not None:
+                raise RemaskError("several edits are as strong as their files say; leave out --alpha")
+        if self.from_file and (self.layer is not None or self.site is not None or self.level != "auto"):
+            raise RemaskError(f"{self.edit} stays where and as strong as it says; leave out --layer, --site and --level")
+
+    @property
+    def from_file(self) -> bool:
+        """Whether the edit is read and not built."""
+        return self.edit not in NAMED and Path(self.edit).exists()
 
     @property
     def edits(self) -> tuple[str, ...]:
@@ -220,7 +226,8 @@ class _Builder:
             return
         forget, fit = self.rows()
         try:
-            level = target_level(lm, forget, self.twin, config.level) if config.alpha is None else None
+            calibrated = config.alpha is None and not config.from_file
+            level = target_level(lm, forget, self.twin, config.level) if calibrated else None
             site = None if config.layer is None else Site(config.layer)
             if config.site is not None and site is None:
                 site = find_site(lm, config.site, forget)
@@ -268,7 +275,7 @@ class _Builder:
         config, forget_fit = self.config, self.rows()
         edit = config.edit if edit is None else edit
         asked: list[Any] = [edit, config.alpha, config.layer, config.site, config.level, seed]
-        asked += [path.read_bytes() for path in (Path(edit), site_file(config.site or "")) if path.is_file()]
+        asked += [path.read_bytes() for path in (edit_file(edit), site_file(config.site or "")) if path.is_file()]
         prints = [self.lm.fingerprint(), None if self.twin is None else self.twin.fingerprint()]
         return self.folder / f"{digest(*asked, *prints, forget_fit, package_versions())}.safetensors"
 

@@ -46,7 +46,7 @@ def build_clustered(
     for fact in facts:
         groups.setdefault(sites[fact.id], []).append(fact)
     order = sorted(groups, key=lambda site: (site.layer, site.module, site.steps or ()))
-    kept = retain if config.needs_retain else ()
+    kept = retain if config.reads_retain else ()
     edit = Several(tuple(EditMemory.build(lm, groups[site], site, retain=kept, config=config) for site in order))
     if alpha != "calibrated":
         return edit.with_alpha(alpha)

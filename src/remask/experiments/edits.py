@@ -39,11 +39,16 @@ def load_edit(path: str | Path) -> EditMemory | SteeringVector | Codebook | Weig
     Raises:
         RemaskError: missing, unreadable or damaged file, or a kind that this version does not know.
     """
-    path = Path(path) / EDIT if Path(path).is_dir() else path
+    path = edit_file(path)
     kind = read_edit(path)[0]["kind"]
     if kind not in KINDS:
         raise RemaskError(f"{path}: unknown kind of edit {kind!r}; known are {', '.join(KINDS)}")
     return KINDS[kind].load(path)
+
+
+def edit_file(path: str | Path) -> Path:
+    """The edit file that a path means: itself, or the one in the folder of `remask unlearn`."""
+    return Path(path) / EDIT if Path(path).is_dir() else Path(path)
 
 
 def load_edits(paths: Sequence[str | Path]) -> Intervention:
@@ -98,7 +103,7 @@ def build_edit(
 
     Args:
         name: a preset; `mean-delta`, `caa`, `repe`, `codebook`; `random-layer` (the preset `default` at a layer that is drawn);
-            or a file.
+            or a file, which stays where and, unless `alpha` is given, as strong as it says.
         site: where; by default the layer chosen on a validation split for a bundled model. `random-layer` avoids its layer.
         alpha: strength; None = calibrated to `level`, except for a rewrite, which has no level: its deltas are whole at 1.
         level: target log-probability of the forget set, nats a row; None = the prompt-masked level.
@@ -113,7 +118,10 @@ def build_edit(
     if name not in NAMED:
         if not Path(name).exists():
             raise RemaskError(f"unknown edit {name!r}: not one of {', '.join(NAMED)} and no such file or folder")
-        return load_edit(name)
+        if site is not None or changes:
+            raise RemaskError(f"{name} was captured where and as its file says; leave out the site and the settings")
+        loaded = load_edit(name)
+        return loaded if alpha is None else loaded.with_alpha(alpha)
     settings = _settings(lm.name, name)
     site = _site(lm, name, settings, site, facts, seed)
     config = _config(name, {key: value for key, value in settings.items() if key != "layer"} | changes, seed)
@@ -162,5 +170,5 @@ def _built(
         return (caa if name == "caa" else repe)(lm, site, facts, refusal=config.refusal, states=config.bank)
     if name == "codebook":
         return Codebook.build(lm, facts, site, retain=retain, config=config)
-    memory = EditMemory.build(lm, facts, site, retain=retain if config.needs_retain else (), config=config)
+    memory = EditMemory.build(lm, facts, site, retain=retain if config.reads_retain else (), config=config)
     return mean_delta(memory) if name == "mean-delta" else memory

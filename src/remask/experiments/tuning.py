@@ -25,7 +25,6 @@ from rich.console import Console
 
 from ..backbones import MaskedDiffusionLM, Site, load
 from ..editing.calibrate import Level, calibrate
-from ..editing.config import preset
 from ..editing.memory import EditMemory
 from ..errors import RemaskError
 from ..facts import Fact, load_facts, write_atomically, write_json
@@ -263,10 +262,8 @@ def _chosen(settings: Sequence[Mapping[str, Any]], found: Mapping[str, Any], job
     return {**best, "within_budget": best["retain_loss"] <= job.retain_budget, "reason": reason, "build": build}
 
 
-def build_tuned(
-    lm: MaskedDiffusionLM, folder: Path, facts: Sequence[Fact], retain: Sequence[Fact], level: float | None = None
-) -> EditMemory:
-    """The memory of `facts` under the settings that `run_tune` chose in `folder`; `level` is what alpha is calibrated to.
+def read_tuned(lm: MaskedDiffusionLM, folder: Path) -> tuple[Setting, float | None]:
+    """The setting that `run_tune` chose in `folder`, and its strength; None = to be calibrated.
 
     Raises:
         RemaskError: no tune.json there, or one of another model (both are named).
@@ -275,13 +272,30 @@ def build_tuned(
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         model, build = str(record["fingerprint"]), dict(record["chosen"]["build"])
-        name, layer, alpha = build.pop("preset"), int(build.pop("layer")), build.pop("alpha")
+        name, layer, alpha = str(build.pop("preset")), int(build.pop("layer")), build.pop("alpha")
+        strength = None if alpha == "calibrated" else float(alpha)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RemaskError(f"{path}: not a tune.json of `remask edit tune` ({error})") from None
     if model != lm.fingerprint():
         raise RemaskError(f"{path}: tuned on another model: {model}, {lm.name} is {lm.fingerprint()}; tune again")
-    config = preset(name, **build)
-    memory = EditMemory.build(lm, facts, Site(layer), retain=retain if config.needs_retain else (), config=config)
-    if alpha != "calibrated":
-        return memory.with_alpha(float(alpha))
+    return Setting(name, layer, build), strength
+
+
+def build_tuned(
+    lm: MaskedDiffusionLM,
+    setting: Setting,
+    facts: Sequence[Fact],
+    retain: Sequence[Fact],
+    alpha: float | None = None,
+    level: float | None = None,
+) -> EditMemory:
+    """The memory of `facts` under a setting of `read_tuned`; without an alpha it is calibrated to `level`.
+
+    Raises:
+        RemaskError: what `EditMemory.build` and `calibrate` refuse.
+    """
+    config = setting.config
+    memory = EditMemory.build(lm, facts, Site(setting.layer), retain=retain if config.reads_retain else (), config=config)
+    if alpha is not None:
+        return memory.with_alpha(alpha)
     return calibrate(lm, memory, [lm.encode(fact) for fact in facts], level)

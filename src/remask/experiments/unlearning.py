@@ -5,6 +5,7 @@
 | `edit.safetensors` | the change of the weights: an edit file, for `--edit` and `load_edit` |
 | `unlearn.json` | settings, cost, what was done |
 | `metrics.jsonl`, `tensorboard/`, `checkpoint.safetensors` | of methods that train |
+| `moments/` | second moments of the preserved keys (`rome`, `memit`, `alphaedit`), for a later run on the same rows |
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class EditorConfig:
 
 
 def describe_methods() -> list[dict[str, Any]]:
-    """Name, summary, source, what it needs, and its options with their defaults, of every method."""
+    """Name, summary, source, needs, draws (None: it does not train), and options with their defaults, of every method."""
     methods: dict[str, Method | Editor] = {**METHODS, **EDITORS}
     return [
         {
@@ -78,6 +79,7 @@ def describe_methods() -> list[dict[str, Any]]:
             "retain": method.retain,
             "needs_retain": method.needs_retain,
             "needs": sorted(method.needs),
+            "draws": method.draws if isinstance(method, Method) else None,
             "options": _defaults(method.options),
         }
         for name, method in methods.items()
@@ -124,12 +126,16 @@ def config_of(method: str, settings: Mapping[str, Any]) -> UnlearnConfig | Edito
     Raises:
         RemaskError: a setting that neither has, or a value that it refuses.
     """
+    for name in ("method", "options"):
+        if name in settings:
+            raise RemaskError(f"{method}: {name} is no setting; give the method by its name and its options one by one")
     try:
         if method in EDITORS:
             return EditorConfig(method, EDITORS[method].options(**settings))
         own = METHODS[method].options.model_fields
         options = {key: value for key, value in settings.items() if key in own}
-        rest = {key: value for key, value in settings.items() if key not in own}
+        shared = UnlearnConfig.model_fields  # a seed is also the trainer's
+        rest = {key: value for key, value in settings.items() if key not in own or key in shared}
         return UnlearnConfig(method=method, options=options, **rest)
     except ValidationError as error:
         first = error.errors()[0]
@@ -154,10 +160,11 @@ def run_unlearn(
     """
     config = config_of(job.method, job.settings)
     lm = load(job.model, **(load_options or {}))
+    twin = None if job.reference is None else load(job.reference, **(load_options or {}))
     forget = load_facts(job.forget)
     retain = [] if job.retain is None else load_facts(job.retain)
     validation = [] if job.validation is None else load_facts(job.validation)
-    apply(lm, forget, retain, config, out, validation=validation, reference=job.reference, resume=resume, console=console)
+    apply(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
     return dict(json.loads((out / LOG).read_text(encoding="utf-8")))
 
 
@@ -169,21 +176,21 @@ def apply(
     out: Path,
     *,
     validation: Sequence[Fact] = (),
-    reference: str | None = None,
+    reference: MaskedDiffusionLM | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> WeightEdit:
     """One method, whatever its kind, on loaded rows; the same files."""
     if isinstance(config, UnlearnConfig):
-        twin = None if reference is None else load(reference)
-        return unlearn(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
+        watched: dict[str, Any] = {"validation": validation, "reference": reference}
+        return unlearn(lm, forget, retain, config, out, **watched, resume=resume, console=console)
     name = config.method
     if validation or reference is not None or resume:
         raise RemaskError(f"{name} does not train: it reads no validation rows or reference, and there is nothing to resume")
-    facts = in_order(forget, retain)
+    facts = in_order(forget, retain, name)
     if not retain:
         raise RemaskError(f"{name} preserves the keys of retain rows and the retain set is empty; give it rows")
-    edit = EDITORS[name].tell(lm, facts, [lm.encode(fact) for fact in retain], config.options)
+    edit = EDITORS[name].tell(lm, facts, [lm.encode(fact) for fact in retain], config.options, cache=out / "moments")
     edit.save(out / EDIT)
     record = {
         "method": name,

@@ -13,11 +13,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
@@ -28,7 +28,16 @@ from ..errors import RemaskError
 from ..facts import write_atomically
 from ..random import digest, numpy_generator
 
-TAIL_SHORT = 24  # a medium tail has 1..24 end tokens
+TAIL_SHORT = 24  # a short tail has 1..24 end tokens
+
+
+def _shares(tails: tuple[float, float, float]) -> tuple[float, float, float]:
+    if min(tails) < 0 or abs(sum(tails) - 1) > 1e-9:
+        raise ValueError("shares must not be negative and must add up to 1")
+    return tails
+
+
+Tails = Annotated[tuple[float, float, float], AfterValidator(_shares)]  # shares of no, a short, and a full tail
 
 
 class TrainConfig(BaseModel):
@@ -45,18 +54,11 @@ class TrainConfig(BaseModel):
     clip: float = Field(default=1.0, gt=0)
     prompt_dropout: float = Field(default=0.15, ge=0, le=1)
     checkpoint_every: int = Field(default=20, gt=0, description="epochs between checkpoints")
-    tails: tuple[float, float, float] = Field(
+    tails: Tails = Field(
         default=(0.4, 0.4, 0.2),
         description="shares of batches with no end tokens behind the answer, with a few, and with as many as fill gen_length",
     )
     tail_weight: float = Field(default=0.1, ge=0, description="loss weight of end tokens after the first one")
-
-    @field_validator("tails")
-    @classmethod
-    def _shares(cls, tails: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(tails) < 0 or abs(sum(tails) - 1) > 1e-9:
-            raise ValueError("shares must not be negative and must add up to 1")
-        return tails
 
 
 def fast_bfloat16(device: torch.device) -> bool:

@@ -77,9 +77,16 @@ def unlearn(
         raise RemaskError(f"{lm.name} has a {lm.attached[0].kind} attached; detach it before unlearning")
     rows = prepare_rows(lm, forget, retain, validation, config)
     _check_reference(lm, reference, config)
+    if config.early_stop is not None and not (rows.retain or rows.validation):
+        raise RemaskError("early_stop watches retain or validation rows and there are none; give it some, or leave it out")
     if "hidden" in config.definition.needs:
         hidden_layer(lm, config.parsed)
     accelerator = start_processes("unlearning", config.batch_size, parts=config.parts, find_unused=True)
+    if accelerator.num_processes > 1 and config.options.get("mean") == "token":
+        raise RemaskError(
+            f"{config.method} with mean=token averages over all positions of a batch at once, which several processes would "
+            "change; start one, or set mean=row"
+        )
     run = _Run(lm, rows, config, Path(out), reference, accelerator)
     with run.trained_parameters() as trained, recomputed_blocks(lm, config.gradient_checkpointing):
         progress, edit = run.phases(trained, resume, console)

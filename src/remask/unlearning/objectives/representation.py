@@ -52,14 +52,10 @@ def rmu(quantities: Quantities, options: RmuOptions | AdaptiveRmuOptions) -> Los
 
 
 def measure(quantities: Quantities, options: AdaptiveRmuOptions) -> AdaptiveRmuOptions:
-    """The options with coefficient = scale * mean norm of the batch's hidden states, unless one is given (arXiv 2408.06223).
-
-    The frozen model's hidden states are taken where they are there: a resumed run then measures what its start measured.
-    """
+    """The options with coefficient = scale * mean norm of the batch's hidden states, unless one is given (arXiv 2408.06223)."""
     if options.coefficient is not None:
         return options
-    hidden = quantities.hidden if quantities.hidden_reference is None else quantities.hidden_reference
-    norm = _wide(needed(hidden, "hidden").detach()).norm(dim=-1).mean()
+    norm = _wide(needed(quantities.hidden, "hidden").detach()).norm(dim=-1).mean()
     return options.model_copy(update={"coefficient": options.scale * float(norm)})
 
 

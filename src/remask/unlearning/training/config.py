@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ...errors import RemaskError
 from ..objectives import METHODS, Method
 from ..objectives.base import Options
 from ..states import Noise
+from ..trainer import Tails
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,7 +45,7 @@ class UnlearnConfig(BaseModel):
     retain_weight: float = Field(default=1.0, ge=0)
     noise: Noise = Field(default_factory=Noise, description="of forget rows; draws are the method's unless given")
     retain_noise: Noise = Field(default_factory=lambda: Noise(law="fixed-count"), description="of retain rows")
-    tails: tuple[float, float, float] = Field(
+    tails: Tails = Field(
         default=(0.4, 0.4, 0.2),
         description="shares of steps with no end tokens behind the answer, with a few, and with as many as fill gen_length",
     )
@@ -61,13 +62,6 @@ class UnlearnConfig(BaseModel):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         default="auto", description="of the forward pass; auto is bf16 autocast where that is fast"
     )
-
-    @field_validator("tails")
-    @classmethod
-    def _shares(cls, tails: tuple[float, float, float]) -> tuple[float, float, float]:
-        if min(tails) < 0 or abs(sum(tails) - 1) > 1e-9:
-            raise ValueError("shares must not be negative and must add up to 1")
-        return tails
 
     @model_validator(mode="after")
     def _resolved(self) -> Self:

@@ -42,7 +42,7 @@ class Progress:
     Attributes:
         losses: of every step.
         curve: points {step, forget, retain (or validation), ...} in nats a row.
-        work: what was spent, see `Phase.spent`.
+        work: counts of `Counters` and `seconds` that the steps took, without the points of the curve.
         stopped: step at which the drift limit was crossed, if it was.
         good: last step whose point was within the limit.
     """
@@ -112,11 +112,11 @@ class Phase:
 
     def _advance(self, optimizer: torch.optim.Optimizer, progress: Progress, journal: Journal) -> None:
         """One step with what follows it."""
-        config, started, before = self.config, time.perf_counter(), asdict(self.trained.lm.counters)
+        config, started, before = self.config, time.perf_counter(), self._counted()
         values = self._step(optimizer, progress.step)
         progress.step += 1
         progress.losses.append(values["loss"])
-        spent = {name: count - before[name] for name, count in asdict(self.trained.lm.counters).items()}
+        spent = {name: count - before[name] for name, count in self._counted().items()}
         spent["seconds"] = time.perf_counter() - started
         progress.work = {name: progress.work.get(name, 0) + value for name, value in spent.items()}
         journal.write("train", progress.step, values)
@@ -125,6 +125,12 @@ class Phase:
         journal.advance(f"loss {values['loss']:.3f}")
         if progress.step % config.checkpoint_every == 0 or progress.step == config.steps or progress.stopped is not None:
             self._save(self.checkpoint, [optimizer], asdict(progress))
+
+    def _counted(self) -> dict[str, float]:
+        """Forward work so far, of the model and of a never-trained one."""
+        models = [self.trained.lm] + ([] if self.terms.reference is None else [self.terms.reference])
+        counts = [asdict(model.counters) for model in models]
+        return {name: sum(count[name] for count in counts) for name in counts[0]}
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> dict[str, float]:
         """One optimizer step on this process's share of the batch; metrics over all processes."""

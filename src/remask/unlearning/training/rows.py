@@ -14,9 +14,9 @@ from ...errors import RemaskError
 from ...facts import Fact, check_unique_ids
 from ...random import digest, numpy_generator
 from ..states import Noise, States, draw_states
+from ..trainer import TAIL_SHORT
 from .config import UnlearnConfig
 
-FEW = 24  # end tokens of a short tail, at most
 EVALUATED = 64  # rows of a set that a point of the curve is measured on, at most
 
 
@@ -144,7 +144,7 @@ class Dealer:
         rng = numpy_generator(self.config.seed, "tail", self.phase, step)
         kind = rng.choice(3, p=self.config.tails)
         if kind == 1:
-            return int(rng.integers(1, FEW + 1))
+            return int(rng.integers(1, TAIL_SHORT + 1))
         filled = max(len(row.prompt_ids) for row in rows) + self.lm.spec.gen_length
         return max(0, filled - max(len(row.ids) for row in rows) - 1) if kind == 2 else 0
 
