@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -324,10 +325,10 @@ def unlearning_table(name: str, only: tuple[str, ...] = ()) -> str:
     record = json.loads((RESULTS / f"unlearning_{name}.json").read_text())
     groups = [name for name in record["rows"] if name in ("forget", "retain", "neighbours", "paraphrase")]
     lines = [
-        "| method | rate | "
+        "| method | rate | collapses | "
         + " | ".join(groups)
         + " | gap closed | exact | ROUGE-L | junk | at one level: scale | retain | neighbours | seconds | forwards |",
-        "|---" * (len(groups) + 11) + "|",
+        "|---" * (len(groups) + 12) + "|",
     ]
     chosen = [line for line in record["methods"] if not only or line["name"] in only]
     lines += ["| " + " | ".join(_unlearned(line, groups)) + " |" for line in chosen]
@@ -342,9 +343,13 @@ def unlearning_table(name: str, only: tuple[str, ...] = ()) -> str:
     return "\n".join(lines)
 
 
+COLLAPSE = 10.0  # nats a held row of the validation split
+
+
 def _unlearned(line: dict[str, Any], groups: list[str]) -> list[str]:
     own, scaled = line["own"], line["calibrated"]
-    cells = [line["name"], "-" if line["rate"] is None else f"{line['rate']:g}"]
+    gone = [tried["rate"] for tried in line["validation"] if tried.get("retain_loss", math.inf) > COLLAPSE]
+    cells = [line["name"], "-" if line["rate"] is None else f"{line['rate']:g}", f"{min(gone):g}" if gone else "-"]
     if own is None:
         return [*cells, line["failed"][0], *[""] * (len(groups) + 8)]
     cells += [f"{own[name]['mean']:+.2f} [{own[name]['low']:+.2f}, {own[name]['high']:+.2f}]" for name in groups]

@@ -1,6 +1,6 @@
 """TOFU on tiny-tofu: what the default edit, mean-delta and the paper's edit forget and what they cost; three seeds each.
 
-    python benchmarks/tofu.py forget01 --data DIR [--work DIR]       (and forget05, forget10)
+    python benchmarks/tofu.py forget01 --data DIR [--work DIR]       (and forget05, forget10: hours)
 
 The same numbers as `remask audit tiny-tofu --benchmark tofu:SPLIT --data DIR --edit EDIT --seeds 3 --no-text`; the states
 that no edit touches are measured once. On forget01 the default edit is also attacked, and taken to the twin's level. Writes for
