@@ -77,6 +77,15 @@ def test_a_method_runs_and_its_folder_loads_as_an_edit(
     assert scored.code == 0, scored.err
 
 
+def test_only_the_first_process_prints(
+    remask: Remask, files: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")  # as torchrun sets it
+    found = remask("unlearn", "tiny", "--method", "memit", *files, "-o", tmp_path / "out", "--max-steps", 1)
+    assert found.code == 0 and found.out == ""
+    assert (tmp_path / "out" / "unlearn.json").is_file()
+
+
 def test_ascent_forgets(remask: Remask, files: list[str | Path], tmp_path: Path, tiny: MaskedDiffusionLM) -> None:
     words = ["--max-steps", 12, "--learning-rate", 3e-3, "--set", "batch_size=3"]
     assert remask("unlearn", "tiny", "--method", "graddiff", *files, "-o", tmp_path / "o", *words).code == 0

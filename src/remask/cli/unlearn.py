@@ -11,7 +11,7 @@ from rich.table import Column, Table
 from typer.core import TyperCommand
 
 from ..errors import RemaskError
-from .common import Json, Load, console, load_options_of, pairs_of, print_json, progress
+from .common import Json, Load, console, load_options_of, pairs_of, print_json, progress, show
 
 
 class WithMethods(TyperCommand):
@@ -68,11 +68,7 @@ def unlearn(
     chosen = pairs_of("--set", settings) | {key: value for key, value in given.items() if value is not None}
     job = UnlearnJob(model, method, forget, retain, validation, reference, chosen)
     record = run_unlearn(job, out, resume=resume, console=progress, load_options=load_options_of(load_options))
-    if as_json:
-        print_json(record)
-        return
-    console.print(_summary(record))
-    progress.print(f"edit: {out / EDIT}; settings and cost: {out / LOG}")
+    show(record, lambda found: [_summary(found)], as_json, f"edit: {out / EDIT}; settings and cost: {out / LOG}")
 
 
 def _summary(record: dict[str, Any]) -> Table:

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,8 +153,8 @@ def run_unlearn(
     resume: bool = False,
     console: Console | None = None,
     load_options: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Run the method, write `out`, and return what `unlearn.json` holds.
+) -> dict[str, Any] | None:
+    """Run the method, write `out`, and return what `unlearn.json` holds; None in every process but the first.
 
     Raises:
         RemaskError: unknown settings, files or models, or whatever the method refuses.
@@ -165,6 +166,8 @@ def run_unlearn(
     retain = [] if job.retain is None else load_facts(job.retain)
     validation = [] if job.validation is None else load_facts(job.validation)
     apply(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
+    if int(os.environ.get("RANK", "0")):
+        return None
     return dict(json.loads((out / LOG).read_text(encoding="utf-8")))
 
 
