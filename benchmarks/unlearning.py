@@ -269,29 +269,31 @@ def _summary(runs: Sequence[dict[str, Any]], levels: dict[str, Any], groups: dic
 
 
 def paths(record: dict[str, Any]) -> Figure:
-    """What forget rows and watched retain rows lose along training, a line a method; the memories as points."""
+    """What forget rows and watched retain rows lose along training, a line a method; what has no such path as a point."""
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
     for place, line in enumerate(record["methods"]):
         if line["own"] is None:
             continue
-        colour, first = f"C{place % 10}", (line["curve"] or [None])[0]
+        curve = line["curve"] if line["name"] != "task-vector" else None  # which learns first and is subtracted then
+        colour, first = f"C{place % 10}", (curve or [None])[0]
         if first is None:
             x, y, marker = [-line["own"]["retain"]["mean"]], [-line["own"]["forget"]["mean"]], "*"
         else:
-            x = [point["drift"] for point in line["curve"]]
-            y, marker = [first["forget"] - point["forget"] for point in line["curve"]], ""
+            x = [point["drift"] for point in curve]
+            y, marker = [first["forget"] - point["forget"] for point in curve], ""
         x, y = ([max(value, 0.0) for value in values] for values in (x, y))
         axes.plot(x, y, color=colour, lw=1, ls=("-", "--", ":")[place // 10 % 3], marker=marker, ms=12)
         axes.plot(x[-1:], y[-1:], "." if first else "", color=colour)
-        axes.annotate(line["name"], (x[-1], y[-1]), (4, 2), textcoords="offset points", fontsize=7, color=colour)
+        style = {"textcoords": "offset points", "fontsize": 7, "color": colour, "rotation": 0 if first else 35}
+        axes.annotate(line["name"], (x[-1], y[-1]), (4, 2), **style)
     goal = record["levels"]["forget"]["before"] - record["levels"]["auto"]
     axes.axhline(goal, color="0.6", lw=0.8)
     axes.annotate("prompt-masked level", (0.005, goal), (0, 3), textcoords="offset points", fontsize=7, color="0.4")
     axes.axvline(BUDGET, color="0.6", lw=0.8)
     axes.set_xscale("symlog", linthresh=0.03)
     axes.set_yscale("symlog", linthresh=0.03)
-    axes.set(xlim=(0, 2 * axes.dataLim.x1), ylim=(0, 1.5 * axes.dataLim.y1))
+    axes.set(xlim=(0, 2 * axes.dataLim.x1), ylim=(0, 5 * axes.dataLim.y1))
     alike = np.geomspace(0.001, axes.get_ylim()[1])
     axes.plot(alike, alike, color="0.8", lw=0.8)
     axes.set(xlabel="lost by a retain row, nats", ylabel="lost by a forget row, nats")
@@ -342,7 +344,8 @@ def main() -> None:
     root = Path(__file__).parents[1]
     out = root / "benchmarks" / "results" / f"unlearning_{study.name}.json"
     write_json(out, record)
-    save_figure(paths(record), root / "docs" / "images" / f"unlearning_{study.name}.png")
+    if any(line.get("curve") for line in lines):
+        save_figure(paths(record), root / "docs" / "images" / f"unlearning_{study.name}.png")
 
 
 if __name__ == "__main__":
