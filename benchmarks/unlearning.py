@@ -20,6 +20,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -124,11 +125,11 @@ class Study:
         if name in MEMORIES:
             preset, changes = name.split()[0], MEMORIES[name]
             built = build_edit(self.lm, preset, rows.forget, rows.fit, alpha=1.0, seed=seed, **changes)
-            return self._at_level(built, rows.forget), {}
+            return self._scaled(built, rows.forget, self.levels("reported")["goal"]), {}
         settings: dict[str, Any] = {"seed": seed} | VARIANTS.get(name, {})
         method = name.split()[0]
         if method not in EDITORS:
-            steps = settings.pop("steps", STEPS[self.model])
+            steps = STEPS[self.model]
             every = math.ceil(steps / POINTS) if rows is self.reported and seed == 0 else steps
             settings |= {"steps": steps, "learning_rate": rate, "evaluate_every": every, "checkpoint_every": steps}
         watched = () if method in EDITORS else rows.watched
@@ -149,14 +150,20 @@ class Study:
     def _calibrated(self, edit: Any, rows: Split) -> dict[str, Any] | None:
         """The same at the strength that brings the forget rows to the common level; None where no strength does."""
         try:
-            scaled = self._at_level(edit, rows.forget[:: max(1, len(rows.forget) // LEVELLED)])
+            scaled = self._scaled(edit, *self.sample)
         except RemaskError:
             return None
         return {"alpha": scaled.alpha, **self._measured(scaled, rows, None)}
 
-    def _at_level(self, edit: Any, facts: Sequence[Fact]) -> Any:
+    @cached_property
+    def sample(self) -> tuple[Sequence[Fact], float]:
+        """Reported forget rows that trained methods are scaled on, and their level."""
+        facts = self.reported.forget[:: max(1, len(self.reported.forget) // LEVELLED)]
         with torch.autocast("cpu", torch.bfloat16):
-            level = target_level(self.lm, facts, self.twin)
+            return facts, target_level(self.lm, facts, self.twin)
+
+    def _scaled(self, edit: Any, facts: Sequence[Fact], level: float) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
             return calibrate(self.lm, edit, [self.lm.encode(fact) for fact in facts], level, CALIBRATION_BANK)
 
     @staticmethod

@@ -18,6 +18,7 @@ from remask.evaluation.benchmarks.registry import load_benchmark
 from remask.evaluation.records import read_records
 from remask.experiments.edits import load_edit
 from remask.experiments.unlearning import EDITORS, NAMES, UnlearnJob, config_of
+from remask.experiments.workers import Workers
 from remask.facts import Fact, load_facts, save_facts
 from test_cli import Remask, assert_refused, remask, snapshot
 
@@ -80,7 +81,7 @@ def test_a_method_runs_and_its_folder_loads_as_an_edit(
 def test_only_the_first_process_prints(
     remask: Remask, files: list[str | Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")  # as torchrun sets it
+    monkeypatch.setattr(Workers, "here", lambda: Workers(index=1, count=2))
     found = remask("unlearn", "tiny", "--method", "memit", *files, "-o", tmp_path / "out", "--max-steps", 1)
     assert found.code == 0 and found.out == ""
     assert (tmp_path / "out" / "unlearn.json").is_file()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,3 +37,16 @@ def read_edit(path: str | Path, kind: str | None = None) -> tuple[dict[str, Any]
         article = "an" if kind[0] in "aeiou" else "a"
         raise RemaskError(f"{path}: holds a {header['kind']}, not {article} {kind}")
     return header, tensors
+
+
+@contextlib.contextmanager
+def rebuilt(path: str | Path) -> Iterator[None]:
+    """Inside the block an edit is made of what `read_edit` gave; whatever does not fit is a damaged file.
+
+    Raises:
+        RemaskError: a part that is missing, of another type or shape, or refused by the edit.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RemaskError) as error:
+        raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None

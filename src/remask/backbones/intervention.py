@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,16 @@ from torch import Tensor, nn
 from ..errors import RemaskError
 from ..random import digest
 from .model import MaskedDiffusionLM, Site
+
+
+def require_finite(alpha: float) -> None:
+    """Refuse a strength that is no finite number.
+
+    Raises:
+        RemaskError: it is infinite or NaN.
+    """
+    if not math.isfinite(alpha):
+        raise RemaskError(f"alpha must be a finite number, not {alpha}")
 
 
 class Handle:

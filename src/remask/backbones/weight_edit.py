@@ -7,7 +7,6 @@ detaching puts back the very tensors that were there.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..editfile import read_edit, write_edit
+from ..editfile import read_edit, rebuilt, write_edit
 from ..errors import RemaskError
 from ..tensorfile import canonical_json
-from .intervention import Intervention
+from .intervention import Intervention, require_finite
 from .model import MaskedDiffusionLM
 
 
@@ -76,8 +75,7 @@ class WeightEdit(Intervention):
     def __post_init__(self) -> None:
         if not self.changes:
             raise RemaskError(f"this {self.preset} edit changes no parameter; give it changes")
-        if not math.isfinite(self.alpha):
-            raise RemaskError(f"alpha must be a finite number, not {self.alpha}")
+        require_finite(self.alpha)
         self.changes = {name: _wide(change) for name, change in self.changes.items()}
         self.details = json.loads(canonical_json(self.details))  # as a file gives it back: part of the fingerprint
         for name, change in self.changes.items():
@@ -159,7 +157,7 @@ class WeightEdit(Intervention):
         """
         header, tensors = read_edit(path, cls.kind)
         changes: dict[str, Change] = {}
-        try:
+        with rebuilt(path):
             for key, tensor in tensors.items():
                 place, name = key.split(":", 1)
                 if place == "dense":
@@ -167,8 +165,6 @@ class WeightEdit(Intervention):
                 elif place == "left":
                     changes[name] = LowRank(tensor, tensors[f"right:{name}"])
             return cls(changes, header["model"], header["preset"], float(header["alpha"]), dict(header["details"]))
-        except (KeyError, TypeError, ValueError, RemaskError) as error:
-            raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
 
 
 def opposite(change: Change) -> Change:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .common import Facts, Json, Load, Model, console, load_options_of, print_json, progress
+from .common import Facts, Json, Load, Model, load_options_of, progress, show
 
 
 def diagnose(
@@ -34,13 +34,8 @@ def diagnose(
     bank = MaskBank(draws=draws, seed=seed)
     job = DiagnoseJob(model, facts, retain, edit, anchor, tau, bank, shown)
     record = run_diagnostics(job, out, progress, load_options_of(load_options))
-    if as_json:
-        print_json(record)
-        return
-    console.print(_table(record))
-    progress.print(
-        f"every number: {out / 'diagnostics.json'}; pictures: {', '.join(sorted(p.name for p in out.glob('*.png')))}"
-    )
+    pictures = ", ".join(sorted(path.name for path in out.glob("*.png")))
+    show(record, lambda found: [_table(found)], as_json, f"every number: {out / 'diagnostics.json'}; pictures: {pictures}")
 
 
 def _table(record: dict[str, Any]) -> Table:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones.intervention import require_finite
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..errors import RemaskError
 from ..facts import Fact
@@ -26,7 +27,7 @@ from .build import capture_facts, capture_retain, in_order
 from .capture import capture_subject
 from .config import MemoryConfig
 from .shift import CodebookShift, Shift
-from .site import KeyedEdit, require_finite
+from .site import KeyedEdit
 
 CODEBOOK = MemoryConfig(preset="codebook", readout="ridge", mu=0.0, balance=0.0, compress=0)
 _BLOCK = 64  # keys whose distances are in memory at a time

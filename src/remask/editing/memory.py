@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..backbones.intervention import require_finite
 from ..backbones.model import MaskedDiffusionLM, Site
 from ..errors import RemaskError
 from ..facts import Fact
@@ -34,7 +35,7 @@ from .kernel import KernelSolution
 from .readout import READOUTS, Readout, require_retained
 from .retained import Retained, pooled
 from .shift import Shift
-from .site import KeyedEdit, require_finite
+from .site import KeyedEdit
 from .solve import Solution
 
 _RETAINED = ("mean", "moment", "keys")  # of the retain set, in a file

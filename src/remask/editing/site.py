@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -14,23 +13,13 @@ from torch import Tensor
 
 from ..backbones.intervention import Intervention, add_shift
 from ..backbones.model import MaskedDiffusionLM, Site
-from ..editfile import read_edit, write_edit
+from ..editfile import read_edit, rebuilt, write_edit
 from ..errors import RemaskError
 from .config import MemoryConfig
 from .shift import Shift
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-def require_finite(alpha: float) -> None:
-    """Refuse a strength that is no finite number.
-
-    Raises:
-        RemaskError: it is infinite or NaN.
-    """
-    if not math.isfinite(alpha):
-        raise RemaskError(f"alpha must be a finite number, not {alpha}")
 
 
 class SiteEdit(Intervention):
@@ -107,10 +96,8 @@ class KeyedEdit(SiteEdit):
             RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
         header, tensors = read_edit(path, cls.kind)
-        try:
+        with rebuilt(path):
             fields = cls._own_fields(header, tensors) | {name: tensors[name] for name in ("keys", "deltas", "owner")}
             fields |= {"config": MemoryConfig(**header["config"]), "site": Site.from_dict(header["site"])}
             fields |= {"model": header["model"], "alpha": header["alpha"], "fact_ids": tuple(header["fact_ids"])}
             return cls(**fields)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError, RemaskError) as error:
-            raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None

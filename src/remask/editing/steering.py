@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backbones.intervention import require_finite
 from ..backbones.model import Encoded, MaskedDiffusionLM, Site
 from ..diffusion.masks import MaskBank
-from ..editfile import read_edit, write_edit
+from ..editfile import read_edit, rebuilt, write_edit
 from ..errors import RemaskError
 from ..facts import Fact, check_unique_ids
 from ..random import numpy_generator
@@ -25,7 +26,7 @@ from .capture import object_values
 from .config import PRESETS
 from .memory import EditMemory
 from .shift import ConstantShift, Shift
-from .site import SiteEdit, require_finite
+from .site import SiteEdit
 
 REFUSAL, STATES = PRESETS["default"].refusal, PRESETS["default"].bank
 
@@ -80,11 +81,9 @@ class SteeringVector(SiteEdit):
             RemaskError: missing, unreadable or damaged file, other format version, another kind of edit.
         """
         header, tensors = read_edit(path, cls.kind)
-        try:
+        with rebuilt(path):
             site = Site.from_dict(header["site"])
             return cls(tensors["vector"], site, header["alpha"], header["preset"], header["model"])
-        except (KeyError, TypeError, ValueError, RemaskError) as error:
-            raise RemaskError(f"{path}: damaged edit file ({error}); build it again") from None
 
 
 def mean_delta(memory: EditMemory) -> SteeringVector:

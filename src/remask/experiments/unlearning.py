@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +31,7 @@ from ..facts import Fact, load_facts, write_json
 from ..unlearning.objectives import METHODS, Method
 from ..unlearning.training.config import UnlearnConfig
 from ..unlearning.unlearn import LOG, unlearn
+from .workers import Workers
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ def run_unlearn(
     retain = [] if job.retain is None else load_facts(job.retain)
     validation = [] if job.validation is None else load_facts(job.validation)
     apply(lm, forget, retain, config, out, validation=validation, reference=twin, resume=resume, console=console)
-    if int(os.environ.get("RANK", "0")):
+    if Workers.here().index:
         return None
     return dict(json.loads((out / LOG).read_text(encoding="utf-8")))
 
